@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['nyquist_frequency', 'filter_frequency', 'mask_frequency', 'highest_frequency', 'aliasing_loss']
 
-# %% ../nbs/06_aliasing.ipynb #f03ac2a8
+# %% ../nbs/06_aliasing.ipynb #cce37220
 import math
 import torch
-from .kernels import *
-from .mask import *
-from .crop import *
-from .layers import *
+from .kernels import MultiplicativeFilterNetwork, check_choice, check_number, per_axis
+from .crop import spacing
+from .layers import CKConv
 
 # %% ../nbs/06_aliasing.ipynb #61c0e781
 def nyquist_frequency(size,     # positions per axis, at least 2: an int, or a tuple, of which the smallest counts

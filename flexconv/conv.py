@@ -6,12 +6,12 @@
 __all__ = ['padding_modes', 'costs', 'padding_pairs', 'fast_length', 'estimate_seconds', 'conv_nd', 'direct_conv_nd',
            'fft_conv_nd']
 
-# %% ../nbs/04_conv.ipynb #8aa1731c
+# %% ../nbs/04_conv.ipynb #4f8475a7
 import math
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
-from .kernels import *
+from .kernels import check_choice, per_axis
 
 # %% ../nbs/04_conv.ipynb #147289b6
 def padding_pairs(padding,         # 'same', 'valid', an int, one int per axis, or one (before, after) pair per axis
@@ -38,7 +38,7 @@ def _pad(x, pairs, mode='zeros'):
     if all(p == (0, 0) for p in pairs): return x
     return F.pad(x, [p for pair in reversed(pairs) for p in pair], padding_modes[mode])
 
-# %% ../nbs/04_conv.ipynb #20700c20
+# %% ../nbs/04_conv.ipynb #56627635
 def _trim(weight, size, pairs, dilation):
     "Without the kernel positions that meet nothing but zero padding on an input of `size`: the kernel's view and its padding."
     slices, trimmed = [], []
@@ -46,7 +46,7 @@ def _trim(weight, size, pairs, dilation):
         out = s + before + after - d*(n-1)                           # outputs at stride 1
         first = max(0, math.ceil((before - out + 1)/d))              # position j meets inputs j*d - before ... + out - 1
         last = min(n-1, (before + s - 1)//d)
-        if first > last: first = last = 0                            # nothing meets anything: keep one
+        if first > last: return weight, pairs                        # nothing meets anything: all outputs are 0
         slices.append(slice(first, last+1))
         trimmed.append((before - first*d, after - (n-1-last)*d))
     return weight[(slice(None), slice(None), *slices)], tuple(trimmed)
@@ -81,10 +81,10 @@ def _from_spectrum(s, lengths, groups_first):
     s = s.permute((0, 2, 3, 1) if groups_first else (2, 0, 3, 1)).unflatten(3, (*lengths[:-1], lengths[-1]//2 + 1))
     return torch.fft.irfftn(s, s=lengths, dim=tuple(range(3, s.ndim)))
 
-# %% ../nbs/04_conv.ipynb #a69cc77a
+# %% ../nbs/04_conv.ipynb #e22a0e68
 def _circle(size, kernel, pairs):
     "Circular length, and zeros after the input, for each axis."
-    lengths = tuple(fast_length(max(s + max(p), n)) for s, n, p in zip(size, kernel, pairs))
+    lengths = tuple(fast_length(max(s + max(p), n, s + sum(p) - n + 1)) for s, n, p in zip(size, kernel, pairs))
     return lengths, tuple((before, l - s - before) for l, s, (before, _) in zip(lengths, size, pairs))
 
 def _window(x, starts, sizes):

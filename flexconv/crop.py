@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['spacing', 'crop_axis', 'crop_bounds', 'crop_size', 'crop']
 
-# %% ../nbs/03_crop.ipynb #0993eb54
+# %% ../nbs/03_crop.ipynb #c17541b9
 import math
 import torch
-from .kernels import *
-from .mask import *
+from .mask import mask_reach
 
 # %% ../nbs/03_crop.ipynb #330e7f4f
 def spacing(size,     # positions per axis, a tuple

@@ -7,12 +7,11 @@ __all__ = ['models', 'ResidualBlock', 'FlexNet', 'register_model', 'list_models'
            'flexnet7', 'flexnet7_siren', 'flexnet7_gabor', 'ckcnn7_siren', 'ckcnn7_magnet', 'plain_conv2d',
            'flexnet7_conv3', 'flexnet7_conv33', 'conv_layers', 'kernel_sizes']
 
-# %% ../nbs/07_flexnet.ipynb #96713957
+# %% ../nbs/07_flexnet.ipynb #48e00556
 from fnmatch import fnmatch
-import torch
 from torch import nn
-from .kernels import *
-from .layers import *
+from .kernels import check_choice, check_number, per_axis
+from .layers import CKConv, CKConv2d, FlexConv2d
 
 # %% ../nbs/07_flexnet.ipynb #e6a5f5a7
 class ResidualBlock(nn.Module):

@@ -16,7 +16,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-# %% ../nbs/00_kernels.ipynb #764c8f5c
+# %% ../nbs/00_kernels.ipynb #ca36e540
 def per_axis(value,         # an int, or one int per axis
              ndim,          # number of axes
              name,          # name of the argument, for the message
@@ -26,7 +26,8 @@ def per_axis(value,         # an int, or one int per axis
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)*ndim
     good = all(isinstance(v, Integral) and not isinstance(v, bool) and v >= minimum for v in values)
     if len(values) != ndim or not good:
-        raise ValueError(f'{name} must be an int of at least {minimum} or a tuple of {ndim} of them; got {value!r}')
+        several = f' or a tuple of {ndim} of them, one per axis' if ndim > 1 else ''
+        raise ValueError(f'{name} must be an int of at least {minimum}{several}; got {value!r}')
     return tuple(int(v) for v in values)
 
 # %% ../nbs/00_kernels.ipynb #92a83851

@@ -6,16 +6,16 @@
 __all__ = ['CKConv', 'at_least_float32', 'sample', 'CKConv1d', 'CKConv2d', 'CKConv3d', 'FlexConv', 'FlexConv1d', 'FlexConv2d',
            'FlexConv3d', 'CausalConv1d', 'test_conv_layer', 'from_official']
 
-# %% ../nbs/05_layers.ipynb #11440b1d
+# %% ../nbs/05_layers.ipynb #939931be
 import copy, inspect, pickle, warnings
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .kernels import *
-from .magnet import *
-from .mask import *
-from .crop import *
-from .conv import *
+from .kernels import check_choice, create_kernel_network, kernel_networks, per_axis, position_grid
+from .magnet import MAGNet       # registers 'magnet'
+from .mask import GaussianMask
+from .crop import crop, crop_bounds, crop_size, spacing
+from .conv import conv_nd, direct_conv_nd, padding_modes, padding_pairs
 
 # %% ../nbs/05_layers.ipynb #aba43d97
 class CKConv(nn.Module):
@@ -111,14 +111,14 @@ def size(self:CKConv):
     "Current kernel size in pixels, a tuple with one int per axis."
     return crop_size(self.bounds())
 
-# %% ../nbs/05_layers.ipynb #d517762f
+# %% ../nbs/05_layers.ipynb #6ab83e94
 @patch
-def padding_pairs(self:CKConv, bounds):
+def padding_in_use(self:CKConv, bounds):
     "Padding before and after each axis for a kernel cropped to `bounds`."
     pairs = padding_pairs(self.padding, self.kernel_size, self.dilation, self.causal)
     return tuple((before - d*start, after - d*(n-stop)) for (before, after), d, n, (start, stop) in zip(pairs, self.dilation, self.kernel_size, bounds))
 
-# %% ../nbs/05_layers.ipynb #ac83ba18
+# %% ../nbs/05_layers.ipynb #ad67d0f3
 @patch
 def kernel_for_forward(self:CKConv):
     "The kernel that `forward` uses, and its bounds."
@@ -131,7 +131,7 @@ def forward(self:CKConv,
            ):
     "Convolve: `(B, out_channels, *out)`."
     kernel, bounds = self.kernel_for_forward()
-    return conv_nd(x, kernel, self.bias, self.stride, self.padding_pairs(bounds), self.groups, dilation=self.dilation,
+    return conv_nd(x, kernel, self.bias, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation,
                    padding_mode=self.padding_mode, method=self.conv_method)
 
 # %% ../nbs/05_layers.ipynb #031efab7
@@ -169,7 +169,7 @@ def _takes(kernel, argument):
     "Does the kernel network (a name or a callable) take this argument?"
     return argument in inspect.signature(kernel if callable(kernel) else kernel_networks[check_choice(kernel, kernel_networks, 'kernel')]).parameters
 
-# %% ../nbs/05_layers.ipynb #49c38f18
+# %% ../nbs/05_layers.ipynb #741d4e5d
 class FlexConv(CKConv):
     "Convolution with a continuous kernel of learned size (Romero, Bruintjes et al., 2022): `(B, in_channels, *S)` to `(B, out_channels, *S)`."
     def __init__(self,
@@ -201,7 +201,7 @@ class FlexConv(CKConv):
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
         if all(s == 1 < n for s, n in zip(self.size, self.kernel_size)):
             warnings.warn(f'sigma={sigma} starts a kernel of kernel_size={kernel_size} at a single pixel; '
-                          f'about {2.4/(min(self.kernel_size)-1):.2g} would start it at 5', stacklevel=2)
+                          f'about {2.4/(max(self.kernel_size)-1):.2g} would start it wider', stacklevel=2)
 
 # %% ../nbs/05_layers.ipynb #6ad0958c
 @patch
@@ -253,13 +253,13 @@ class CausalConv1d(nn.Conv1d):
         span = self.dilation[0]*(self.kernel_size[0]-1)
         return direct_conv_nd(x, self.weight, self.bias, self.stride, ((span, 0),), self.groups, dilation=self.dilation, padding_mode=self.padding_mode)
 
-# %% ../nbs/05_layers.ipynb #805321a8
+# %% ../nbs/05_layers.ipynb #06135fed
 @patch
 @torch.no_grad()
 def to_conv(self:CKConv):
     "The `nn.ConvNd` that computes the same now: kernel sampled, cropped and stored (for a causal layer, a `CausalConv1d`)."
     kernel, bounds = self.kernel(), self.bounds()
-    pairs = self.padding_pairs(bounds)
+    pairs = self.padding_in_use(bounds)
     zeros = [max(0, -(before//d)) for (before, _), d in zip(pairs, self.dilation)]      # nn.ConvNd cannot crop: keep some zeros instead
     if not self.causal and any(zeros):
         kernel = nn.functional.pad(kernel, [z for z in reversed(zeros) for _ in (0, 1)])

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['MAGNet']
 
-# %% ../nbs/01_magnet.ipynb #7869aa00
-import torch
-from .kernels import *
-from .kernels import sample_gamma
+# %% ../nbs/01_magnet.ipynb #5e2e1598
+from .kernels import GaborNet, register_kernel_network, sample_gamma
 
 # %% ../nbs/01_magnet.ipynb #6bf99341
 @register_kernel_network('magnet')

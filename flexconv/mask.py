@@ -8,11 +8,11 @@ __all__ = ['mask_reach', 'hold', 'GaussianMask']
 # %% ../nbs/02_mask.ipynb #67ea4b35
 import math
 
-# %% ../nbs/02_mask.ipynb #cf9f7e79
+# %% ../nbs/02_mask.ipynb #7a567861
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .kernels import *
+from .kernels import check_number, per_axis
 
 # %% ../nbs/02_mask.ipynb #527cd3c3
 def mask_reach(threshold,    # value in (0, 1) under which the mask counts as faded

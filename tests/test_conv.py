@@ -1,0 +1,121 @@
+"The convolution engine against torch's, over random shapes, values and options."
+import math
+import pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from flexconv.conv import conv_nd, estimate_seconds, fast_length
+
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
+
+
+@st.composite
+def problems(draw):
+    "Arguments of a convolution that torch's own functions accept."
+    ndim = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    top = {1: 40, 2: 14, 3: 7}[ndim]
+    sizes = [draw(st.integers(1, top)) for _ in range(ndim)]
+    kernel = [draw(st.integers(1, top)) for _ in range(ndim)]
+    dilation = tuple(draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in range(ndim))
+    padding = tuple(draw(st.integers(0, 6)) for _ in range(ndim))
+    padding = tuple(max(p, math.ceil((d*(k-1) + 1 - s)/2)) for p, d, k, s in zip(padding, dilation, kernel, sizes))      # the kernel fits
+    return dict(batch=draw(st.integers(1, 3)), groups=groups, channels=groups*draw(st.integers(1, 3)), out=groups*draw(st.integers(1, 3)),
+                sizes=sizes, kernel=kernel, stride=tuple(draw(st.integers(1, 3)) for _ in range(ndim)), dilation=dilation, padding=padding,
+                bias=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float64])), seed=draw(st.integers(0, 2**16)))
+
+
+def tensors(p):
+    g = torch.Generator().manual_seed(p['seed'])
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=p['dtype']).requires_grad_()
+    return new(p['batch'], p['channels'], *p['sizes']), new(p['out'], p['channels']//p['groups'], *p['kernel']), new(p['out']) if p['bias'] else None
+
+
+def assert_close(a, b, dtype):
+    assert a.shape == b.shape and a.dtype == b.dtype == dtype
+    assert (a - b).abs().max() <= TOLERANCE[dtype]*max(1, b.abs().max())
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'auto'])
+@settings(max_examples=120, deadline=None)
+@given(problems())
+def test_values_and_gradients(method, p):
+    args = tensors(p)
+    ours = conv_nd(*args, p['stride'], p['padding'], p['groups'], dilation=p['dilation'], method=method)
+    theirs = CONVS[len(p['sizes'])](*args, p['stride'], p['padding'], p['dilation'], p['groups'])
+    assert_close(ours, theirs, p['dtype'])
+    wanted = [a for a in args if a is not None]
+    r = torch.randn(theirs.shape, dtype=p['dtype'], generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(ours, wanted, r), torch.autograd.grad(theirs, wanted, r)): assert_close(a, b, p['dtype'])
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_same_padding(method, p):
+    "padding='same' at stride 1 is torch's, even kernels included; at stride s it keeps every s-th output."
+    x, w, b = tensors(p)
+    full = CONVS[len(p['sizes'])](x, w, b, 1, 'same', p['dilation'], p['groups'])
+    ours = conv_nd(x, w, b, p['stride'], 'same', p['groups'], dilation=p['dilation'], method=method)
+    assert_close(ours, full[(..., *(slice(None, None, s) for s in p['stride']))], p['dtype'])
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'replicate', 'circular'])
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+def test_padding_modes(mode, ndim, method):
+    if mode == 'reflect' and ndim == 3: size = (8, 8, 8)
+    else: size = (9, 8, 7)[:ndim]
+    kernel = (5, 3, 7)[:ndim]
+    conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[ndim-1](4, 6, kernel, stride=2, padding=tuple(k//2 for k in kernel), groups=2, padding_mode=mode)
+    x = torch.randn(2, 4, *size)
+    assert_close(conv_nd(x, conv.weight, conv.bias, 2, groups=2, padding_mode=mode, method=method), conv(x), torch.float32)
+
+
+@pytest.mark.parametrize('length,taps', [(1, 1), (5, 9), (40, 7), (40, 8), (40, 40), (40, 100)])
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+def test_causal(length, taps, method):
+    x, w = torch.randn(2, 3, length, dtype=torch.float64), torch.randn(4, 3, taps, dtype=torch.float64)
+    want = torch.zeros(2, 4, length, dtype=torch.float64)
+    for t in range(length):
+        for j in range(taps):
+            if t - j >= 0: want[:, :, t] += x[:, :, t-j]@w[:, :, taps-1-j].T
+    assert_close(conv_nd(x, w, causal=True, method=method), want, torch.float64)
+
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+def test_half_precision_is_computed_in_float32(dtype, tolerance):
+    x, w = torch.randn(2, 8, 24, 24), torch.randn(4, 8, 15, 15)/40
+    want = conv_nd(x.to(dtype).float(), w.to(dtype).float())
+    ours = conv_nd(x.to(dtype), w.to(dtype), method='fft')
+    assert ours.dtype == dtype and (ours.float() - want).abs().max() < tolerance*want.abs().max()
+
+
+def test_gradcheck():
+    for shape, kernel, kw in [((2, 2, 7), (3, 2, 4), {}), ((1, 4, 5, 6), (2, 2, 3, 5), dict(groups=2, stride=(1, 2))), ((1, 2, 4, 3, 4), (2, 2, 3, 3, 1), dict(padding=1))]:
+        args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, kernel)]
+        f = lambda x, w: conv_nd(x, w, method='fft', **kw)
+        assert torch.autograd.gradcheck(f, args) and torch.autograd.gradgradcheck(f, args)
+
+
+def test_only_the_wanted_gradient_is_computed():
+    for wanted in (0, 1):
+        args = [torch.randn(2, 3, 20), torch.randn(4, 3, 9)]
+        args[wanted].requires_grad_()
+        conv_nd(*args, method='fft').sum().backward()
+        assert args[wanted].grad is not None and args[1-wanted].grad is None
+
+
+@given(st.integers(1, 20_000))
+def test_fast_length(n):
+    m = fast_length(n)
+    assert n <= m <= 2*n and m % 2 == 0
+    for p in (2, 3, 5):
+        while m % p == 0: m //= p
+    assert m == 1
+
+
+def test_auto_takes_each_way_where_it_is_far_faster():
+    pairs = lambda n: ((n//2, n//2),)*2
+    small = estimate_seconds((8, 48, 32, 32), (48, 48, 3, 3), pairs(3), (1, 1))
+    large = estimate_seconds((8, 48, 32, 32), (48, 48, 33, 33), pairs(33), (1, 1))
+    assert small['direct'] < small['fft'] and large['fft'] < large['direct']

@@ -1,0 +1,176 @@
+"Layers: the contract of `test_conv_layer` over options, masks that went astray, and wrong arguments."
+import math, warnings
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from flexconv.crop import crop_bounds, crop_size
+from flexconv.kernels import kernel_networks
+from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, test_conv_layer as check_layer
+from flexconv.mask import GaussianMask
+
+INPUTS = {1: (2, 4, 19), 2: (2, 4, 11, 12), 3: (2, 4, 7, 6, 8)}
+LAYERS = {1: (CKConv1d, FlexConv1d), 2: (CKConv2d, FlexConv2d), 3: (CKConv3d, FlexConv3d)}
+
+
+def make(cls, *args, **kwargs): return cls(*args, **(dict(sigma=0.35) | kwargs if 'FlexConv' in cls.__name__ else kwargs))
+
+
+@pytest.mark.parametrize('options', [{}, dict(stride=2), dict(padding='valid'), dict(padding=1), dict(dilation=2), dict(groups=2), dict(groups=4), dict(bias=False),
+                                     dict(padding_mode='circular'), dict(padding_mode='reflect'), dict(padding_mode='replicate'), dict(init='fan_in'),
+                                     dict(conv_method='fft'), dict(conv_method='direct'), dict(stride=3, padding=2, groups=2, bias=False)], ids=str)
+@pytest.mark.parametrize('flex', [False, True], ids=['ckconv', 'flexconv'])
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+def test_contract(ndim, flex, options):
+    torch.manual_seed(0)
+    size = 5
+    check_layer(make(LAYERS[ndim][flex], 4, 8, size, **options), torch.randn(INPUTS[ndim]))
+
+
+@pytest.mark.parametrize('taps', [1, 2, 8, 19, 50])
+@pytest.mark.parametrize('options', [{}, dict(stride=2), dict(dilation=2), dict(groups=2), dict(bias=False), dict(conv_method='fft')], ids=str)
+def test_contract_causal(taps, options):
+    torch.manual_seed(0)
+    layer = FlexConv1d(4, 8, taps, causal=True, sigma=0.5 if taps > 2 else 2., **options)
+    if taps == 1:                                     # one position: nothing for a mask to learn
+        for p in layer.mask.parameters(): p.requires_grad_(False)
+        y = layer(torch.randn(INPUTS[1]))
+        return y.sum().backward()
+    check_layer(layer, torch.randn(INPUTS[1]))
+
+
+@pytest.mark.parametrize('kernel', sorted(kernel_networks))
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+def test_contract_for_every_kernel_network(kernel, ndim):
+    torch.manual_seed(1)
+    check_layer(make(LAYERS[ndim][1], 4, 6, 5, kernel=kernel), torch.randn(INPUTS[ndim]))
+
+
+@pytest.mark.parametrize('size', [(3, 9), (9, 3), (1, 5)])
+def test_contract_for_non_square_kernels(size):
+    torch.manual_seed(0)
+    layer = FlexConv2d(4, 6, size, sigma=0.4)
+    if 1 in size: layer.mask.requires_grad_(False)
+    for method in ('direct', 'fft'):
+        layer.conv_method = method
+        x = torch.randn(INPUTS[2])
+        torch.testing.assert_close(layer(x), layer.to_conv()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    torch.manual_seed(0)
+    layer, x = FlexConv2d(4, 6, 9, sigma=0.4), torch.randn(INPUTS[2])
+    want = layer(x)
+    layer = layer.to(dtype)
+    for method in ('direct', 'fft'):
+        layer.conv_method = method
+        y = layer(x.to(dtype))
+        assert y.dtype == layer.kernel().dtype == dtype and (y.float() - want).abs().max() < 0.15*want.abs().max()
+        y.float().square().mean().backward()
+        for name, p in layer.named_parameters(): assert p.grad.isfinite().all(), name
+
+
+# Masks that went astray -----------------------------------------------------------------------------------------------------
+
+ASTRAY = {'sigma 0': (0., 0.), 'sigma negative': (-0.2, 0.), 'sigma tiny': (1e-30, 0.), 'sigma huge': (1e30, 0.), 'sigma inf': (math.inf, 0.),
+          'mean outside': (0.1, 3.), 'mean far outside': (0.1, -1e6), 'mean between positions': (1e-4, 0.11), 'both': (0., 1e9)}
+
+
+@pytest.mark.parametrize('case', ASTRAY)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('cls,size', [(FlexConv1d, 17), (FlexConv2d, 17), (FlexConv3d, 5), ('causal', 16)])
+def test_masks_astray_neither_crash_nor_vanish(cls, size, training, case):
+    torch.manual_seed(0)
+    layer = FlexConv1d(2, 3, size, causal=True, sigma=0.5) if cls == 'causal' else cls(2, 3, size, sigma=0.5)
+    sigma, mean = ASTRAY[case]
+    if cls == 'causal' and mean < 0: pytest.skip('a causal mask whose mean is far in the past keeps all of it, by definition')
+    with torch.no_grad(): layer.mask.sigma.fill_(sigma); layer.mask.mean.fill_(mean)
+    layer.train(training)
+    x = torch.randn(1, 2, *[9]*layer.ndim)
+    y = layer(x)
+    assert y.shape == (1, 3, *x.shape[2:]) and y.isfinite().all()
+    assert layer.kernel().abs().max() > 1e-6 and y.abs().max() > 1e-6, 'the kernel vanished'
+    assert all(1 <= s <= size for s in layer.size)
+    y.square().sum().backward()
+    for name, p in layer.named_parameters(): assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize('which', ['sigma', 'mean'])
+def test_nan_is_not_hidden(which):
+    layer = FlexConv2d(2, 3, 9, sigma=0.5)
+    with torch.no_grad(): getattr(layer.mask, which).fill_(math.nan)
+    assert layer.size == (9, 9) and layer(torch.randn(1, 2, 9, 9)).isnan().any()
+
+
+def test_one_pixel_kernels_can_grow_again():
+    "From sigma 0, a layer that needs a wide kernel grows one; the same layer in eval has one pixel."
+    torch.manual_seed(0)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); layer = FlexConv1d(1, 1, 33, sigma=0.)
+    target = torch.ones(1, 1, 9)
+    opt = torch.optim.Adam(layer.parameters(), lr=0.005)
+    assert layer.size == (1,)
+    for _ in range(100):
+        x = torch.randn(8, 1, 64)
+        loss = nn.functional.mse_loss(layer(x), nn.functional.conv1d(x, target, padding=4))
+        opt.zero_grad(); loss.backward(); opt.step()
+    assert layer.size[0] >= 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 40), st.floats(-2, 2), st.floats(-3, 3), st.floats(0.01, 0.9), st.booleans())
+def test_crop_keeps_what_the_mask_keeps(half, sigma, mean, threshold, causal):
+    "Against the definition: no position outside the crop reaches the threshold, and at least one inside does."
+    n = 2*half + 1
+    mask = GaussianMask(1, sigma, mean, threshold).double()
+    (start, stop), = crop_bounds(mask, (n,), causal)
+    assert 0 <= start < stop <= n and (stop == n if causal else start == n - stop)
+    x = torch.linspace(-1, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    values = mask(x[None], 2/max(1, n-1)).detach()
+    outside = torch.cat([values[:start], values[stop:]])
+    assert not len(outside) or outside.max() < threshold*(1 + 1e-4)
+    if n > 1 and not (causal and mean < -1): assert values[start:stop].max() >= threshold*(1 - 1e-4)
+
+
+# Wrong arguments ------------------------------------------------------------------------------------------------------------
+
+WRONG = [(dict(in_channels=0), 'in_channels'), (dict(in_channels=2.5), 'in_channels'), (dict(out_channels=-1), 'out_channels'), (dict(kernel_size=4), 'kernel_size'),
+         (dict(kernel_size=0), 'kernel_size'), (dict(kernel_size=(3, 3, 3)), 'kernel_size'), (dict(kernel_size='5'), 'kernel_size'), (dict(stride=0), 'stride'),
+         (dict(stride=(1, 2, 3)), 'stride'), (dict(padding=-1), 'padding'), (dict(padding='sam'), 'padding'), (dict(dilation=0), 'dilation'), (dict(groups=3), 'groups'),
+         (dict(groups=0), 'groups'), (dict(padding_mode='zero'), 'padding_mode'), (dict(kernel='magent'), 'kernel'), (dict(sigma=math.nan), 'sigma'),
+         (dict(sigma=(0.1,)), 'sigma'), (dict(sigma='wide'), 'sigma'), (dict(threshold=0), 'threshold'), (dict(threshold=1.), 'threshold'), (dict(causal=True), 'causal'),
+         (dict(conv_method='fourier'), 'conv_method'), (dict(init='kaiming'), 'init'), (dict(kernel_options=dict(hidden=0)), 'hidden'),
+         (dict(kernel_options=dict(input_scale=0)), 'input_scale')]
+
+
+@pytest.mark.parametrize('wrong,name', WRONG, ids=lambda v: str(v))
+def test_wrong_arguments_are_named(wrong, name):
+    with pytest.raises(ValueError, match=name): FlexConv2d(**(dict(in_channels=2, out_channels=4, kernel_size=5, sigma=0.4) | wrong))
+
+
+def test_kernel_option_of_another_network():
+    with pytest.raises(TypeError, match='omega_0'): FlexConv2d(2, 4, 5, sigma=0.4, kernel_options=dict(omega_0=3))
+
+
+def test_a_start_at_one_pixel_is_said():
+    with pytest.warns(UserWarning, match='single pixel'): FlexConv2d(2, 4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        FlexConv2d(2, 4, 33); FlexConv2d(2, 4, 1)
+
+
+def test_input_is_checked():
+    layer = FlexConv2d(2, 4, 5, sigma=0.4)
+    with pytest.raises(ValueError, match='x must have shape'): layer(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match='x must have shape'): layer(torch.randn(8, 8))
+    with pytest.raises(TypeError, match='float64'): layer(torch.randn(1, 2, 8, 8).double())
+
+
+def test_custom_kernel_network_without_output_linear():
+    "A callable that makes any module of the right shapes will do; only init='fan_in' needs an output_linear."
+    class Constant(nn.Module):
+        def __init__(self, ndim, out_channels, *, device=None, dtype=None): super().__init__(); self.value = nn.Parameter(torch.ones(out_channels))
+        def forward(self, positions): return self.value.view(-1, *[1]*(positions.ndim-1)).expand(-1, *positions.shape[1:])
+    layer = FlexConv2d(4, 6, 9, sigma=0.5, kernel=Constant)
+    m = layer.mask(layer.positions())
+    torch.testing.assert_close(layer.kernel(), m.expand(6, 4, -1, -1))
+    with pytest.raises(ValueError, match='output_linear'): FlexConv2d(4, 6, 9, sigma=0.5, kernel=Constant, init='fan_in')

@@ -1,0 +1,79 @@
+"The project itself: imports, exported files, README, notebooks."
+import configparser, json, re, subprocess, sys, time
+from importlib import import_module
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+MODULES = 'kernels magnet mask crop conv layers aliasing flexnet data learner plot cli'.split()
+
+
+def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_light():
+    "`import flexconv` brings torch and neither fastai nor matplotlib."
+    loaded = python('import sys, flexconv; print(*(m for m in ("torch", "fastai", "matplotlib", "sklearn", "pandas") if m in sys.modules))')
+    assert loaded == 'torch'
+    assert python('import flexconv; print(flexconv.FlexConv2d(3, 8, 33).size, flexconv.__version__)').startswith('(5, 5)')
+
+
+def test_all_gives_everything():
+    names = set(python('from flexconv.all import *; print(*globals())').split())
+    for module in MODULES:
+        missing = set(import_module(f'flexconv.{module}').__all__) - names
+        assert not missing, (module, missing)
+    assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
+
+
+def test_imports_point_to_lower_numbers():
+    order = {re.search(r'#\| default_exp (\w+)', text).group(1): i for i, nb in enumerate(NOTEBOOKS)
+             if (text := ''.join(''.join(c['source']) + '\n' for c in json.loads(nb.read_text())['cells'])) and '#| default_exp' in text}
+    for name, i in order.items():
+        for other in re.findall(r'^\s*from \.(\w+) import', (ROOT/f'flexconv/{name}.py').read_text(), re.M): assert order[other] < i, (name, other)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_every_public_name_has_a_docstring(module):
+    m = import_module(f'flexconv.{module}')
+    assert m.__all__
+    for name in m.__all__:
+        thing = getattr(m, name)
+        if callable(thing): assert (thing.__doc__ or '').strip(), f'{module}.{name}'
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_fit_to_print(notebook):
+    "A title, sources as lists, no machine paths, warnings or errors in its outputs."
+    cells = json.loads(notebook.read_text())['cells']
+    assert re.match(r'---|# ', ''.join(cells[0]['source']))
+    for cell in cells:
+        assert isinstance(cell['source'], list)
+        for out in cell.get('outputs', []):
+            text = json.dumps({k: v for k, v in out.items() if k != 'metadata'})
+            assert out['output_type'] != 'error' and out.get('name') != 'stderr', text[:500]
+            assert not re.search(r'/(work|root|tmp|home)/', text), text[:500]
+
+
+def test_readme_is_the_index():
+    "README.md is what nbconvert makes of index.ipynb (CONTRIBUTING.md has the command)."
+    made = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'markdown', '--stdout', ROOT/'nbs/index.ipynb', '--log-level', 'ERROR'], capture_output=True, text=True, check=True).stdout
+    keep = lambda text: [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('![png]') and '#| ' not in line]
+    assert keep(made) == keep((ROOT/'README.md').read_text())
+
+
+def test_readme_commands_exist():
+    readme, cfg = (ROOT/'README.md').read_text(), configparser.ConfigParser(delimiters=['='])
+    cfg.read(ROOT/'settings.ini')
+    for command in cfg['DEFAULT']['console_scripts'].split():
+        module, function = re.fullmatch(r'\w+=([\w.]+):(\w+)', command).groups()
+        assert callable(getattr(import_module(module), function)) and function in readme
+    assert 'pip install -e . && flexconv_train' in readme and "pip install -e '.[dev]' && pytest" in readme
+
+
+def test_sidebar_names_every_page():
+    text = (ROOT/'_quarto.yml').read_text()
+    assert (ROOT/'nbs/_quarto.yml').is_symlink()
+    named = set(re.findall(r'[\w/]+\.ipynb', text))
+    assert named == {str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS}
