@@ -1,1 +1,13 @@
+"""Convolutions whose kernel is a continuous function and whose size is learned.
+
+The layers and models, without fastai; training, data and plots are in `flexconv.all`. Written by hand: nbdev only keeps the version up to date.
+"""
 __version__ = "0.1.0"
+
+from .kernels import KernelNetwork, create_kernel_network, position_grid, register_kernel_network
+from .magnet import MAGNet
+from .mask import GaussianMask
+from .conv import conv_nd
+from .layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
+from .aliasing import aliasing_loss, highest_frequency, nyquist_frequency
+from .flexnet import FlexNet, create_model, kernel_sizes, list_models

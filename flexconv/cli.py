@@ -25,9 +25,9 @@ import fastai
 from fastai.interpret import ClassificationInterpretation
 from fastai.torch_core import set_seed
 
-# %% ../nbs/14_cli.ipynb #23f02c32
+# %% ../nbs/14_cli.ipynb #41d7359f
 from .kernels import check_number, per_axis
-from .flexnet import kernel_sizes
+from .flexnet import conv_layers, kernel_sizes
 from .learner import (AliasingLoss, RunRecorder, flex_learner, load_checkpoint, model_for, read_csv, size_text, write_atomically)
 from .plot import show_kernel_sizes, show_kernels
 
@@ -81,11 +81,12 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
     except TypeError as e: raise ValueError(f'model {cfg["model"]} does not take all of {", ".join(options)}: {e}') from None
     return flex_learner(dls, model, lr=cfg['lr'], cbs=cbs)
 
-# %% ../nbs/14_cli.ipynb #86fdabfa
+# %% ../nbs/14_cli.ipynb #5052e6e4
 def describe(learn):
     "Facts about a run that its configuration does not hold: sizes, versions, machine."
-    device = learn.dls.device
-    return dict(parameters=sum(p.numel() for p in learn.model.parameters()), train_items=len(learn.dls.train_ds), valid_items=len(learn.dls.valid_ds),
+    device, layers = learn.dls.device, list(conv_layers(learn.model).values())
+    masks = [m.mask.sigma.tolist() for m in layers[:1] if hasattr(m, 'mask')]
+    return dict(initial=dict(kernel_size=layers[0].kernel_size if layers else None, sigma=masks[0] if masks else None), parameters=sum(p.numel() for p in learn.model.parameters()), train_items=len(learn.dls.train_ds), valid_items=len(learn.dls.valid_ds),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)',
                 versions=dict(flexconv=flexconv.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()))
 

@@ -83,45 +83,63 @@ def create_model(name,               # see `list_models`
     "A network by name. Raises ValueError for a name that nobody registered, TypeError for an argument it does not take."
     return models[check_choice(name, models, 'name')](in_channels, num_classes, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #025ae7a2
-def _widths(width, *counts):
-    "Channels of the blocks: `counts` many of 1, 1.5 and 2 times `width`."
-    return tuple(int(width*f) for f, n in zip((1, 1.5, 2), counts) for _ in range(n))
+# %% ../nbs/07_flexnet.ipynb #a75b704b
+def _flexnet(counts, in_channels, num_classes, width, **kwargs):
+    "A FlexNet with `counts` many blocks of 1, 1.5 and 2 times `width`."
+    widths = tuple(int(width*f) for f, n in zip((1, 1.5, 2), counts) for _ in range(n))
+    return FlexNet(in_channels, num_classes, widths, width, **kwargs)
 
-def _flexnet(counts, in_channels, num_classes, width, **kwargs): return FlexNet(in_channels, num_classes, _widths(width, *counts), width, **kwargs)
+# %% ../nbs/07_flexnet.ipynb #a0258309
+@register_model
+def flexnet3(in_channels=3, num_classes=10, width=24, **kwargs):
+    "FlexNet with 3 residual blocks."
+    return _flexnet((1, 1, 1), in_channels, num_classes, width, **kwargs)
 
 @register_model
-def flexnet3(in_channels=3, num_classes=10, width=24, **kwargs): return _flexnet((1, 1, 1), in_channels, num_classes, width, **kwargs)
+def flexnet5(in_channels=3, num_classes=10, width=22, **kwargs):
+    "FlexNet with 5 residual blocks."
+    return _flexnet((1, 2, 2), in_channels, num_classes, width, **kwargs)
 
 @register_model
-def flexnet5(in_channels=3, num_classes=10, width=22, **kwargs): return _flexnet((1, 2, 2), in_channels, num_classes, width, **kwargs)
+def flexnet7(in_channels=3, num_classes=10, width=24, **kwargs):
+    "FlexNet with 7 residual blocks, the paper's best."
+    return _flexnet((2, 3, 2), in_channels, num_classes, width, **kwargs)
+
+# %% ../nbs/07_flexnet.ipynb #d121139f
+@register_model
+def flexnet7_siren(in_channels=3, num_classes=10, **kwargs):
+    "FlexNet-7 with SIREN kernels."
+    return flexnet7(in_channels, num_classes, kernel='siren', **kwargs)
 
 @register_model
-def flexnet7(in_channels=3, num_classes=10, width=24, **kwargs): return _flexnet((2, 3, 2), in_channels, num_classes, width, **kwargs)
-
-# %% ../nbs/07_flexnet.ipynb #e660fe76
-@register_model
-def flexnet7_siren(in_channels=3, num_classes=10, **kwargs): return flexnet7(in_channels, num_classes, kernel='siren', **kwargs)
+def flexnet7_gabor(in_channels=3, num_classes=10, **kwargs):
+    "FlexNet-7 with Gabor kernels, whose envelopes are round."
+    return flexnet7(in_channels, num_classes, kernel='gabor', **kwargs)
 
 @register_model
-def flexnet7_gabor(in_channels=3, num_classes=10, **kwargs): return flexnet7(in_channels, num_classes, kernel='gabor', **kwargs)
+def ckcnn7_siren(in_channels=3, num_classes=10, **kwargs):
+    "FlexNet-7 without masks (CKConv) and with SIREN kernels."
+    return flexnet7(in_channels, num_classes, conv=CKConv2d, kernel='siren', **kwargs)
 
 @register_model
-def ckcnn7_siren(in_channels=3, num_classes=10, **kwargs): return flexnet7(in_channels, num_classes, conv=CKConv2d, kernel='siren', **kwargs)
+def ckcnn7_magnet(in_channels=3, num_classes=10, **kwargs):
+    "FlexNet-7 without masks (CKConv)."
+    return flexnet7(in_channels, num_classes, conv=CKConv2d, **kwargs)
 
-@register_model
-def ckcnn7_magnet(in_channels=3, num_classes=10, **kwargs): return flexnet7(in_channels, num_classes, conv=CKConv2d, **kwargs)
-
-# %% ../nbs/07_flexnet.ipynb #36e35fbf
+# %% ../nbs/07_flexnet.ipynb #38ebc1c2
 def plain_conv2d(in_channels, out_channels, kernel_size):
     "An `nn.Conv2d` whose output has the size of its input."
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding='same')
 
 @register_model
-def flexnet7_conv3(in_channels=3, num_classes=10, kernel_size=3, **kwargs): return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
+def flexnet7_conv3(in_channels=3, num_classes=10, kernel_size=3, **kwargs):
+    "FlexNet-7 with plain 3x3 convolutions."
+    return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
 
 @register_model
-def flexnet7_conv33(in_channels=3, num_classes=10, kernel_size=33, **kwargs): return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
+def flexnet7_conv33(in_channels=3, num_classes=10, kernel_size=33, **kwargs):
+    "FlexNet-7 with plain 33x33 convolutions."
+    return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
 
 # %% ../nbs/07_flexnet.ipynb #1dce38a5
 def conv_layers(model):

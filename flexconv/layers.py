@@ -62,8 +62,10 @@ class CKConv(nn.Module):
         "Create what the kernel is sampled from."
         self.kernel_network = create_kernel_network(kernel, self.ndim, self.out_channels*self.in_channels//self.groups, **options)
 
-# %% ../nbs/05_layers.ipynb #5be8be20
-def at_least_float32(dtype): return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+# %% ../nbs/05_layers.ipynb #5885b5dc
+def at_least_float32(dtype):
+    "`dtype`, or float32 for half precision."
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 def sample(module, *args):
     "`module(*args)` outside autocast, with parameters in float32 where they are in half precision."

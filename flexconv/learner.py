@@ -151,8 +151,10 @@ def write_atomically(path,      # where the file shall be
     write(part)
     os.replace(part, path)
 
-# %% ../nbs/10_learner.ipynb #af3e1d29
-def size_text(size): return 'x'.join(map(str, size))
+# %% ../nbs/10_learner.ipynb #7217f317
+def size_text(size):
+    "A kernel size as text: 5x7."
+    return 'x'.join(map(str, size))
 
 def write_csv(path, rows):
     "Dicts of equal keys as a csv file, atomically."

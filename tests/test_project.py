@@ -1,6 +1,7 @@
 "The project itself: imports, exported files, README, notebooks."
-import configparser, json, re, subprocess, sys, time
+import configparser, json, re, subprocess, sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 import pytest
 
@@ -57,10 +58,12 @@ def test_notebook_is_fit_to_print(notebook):
 
 
 def test_readme_is_the_index():
-    "README.md is what nbconvert makes of index.ipynb (CONTRIBUTING.md has the command)."
-    made = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'markdown', '--stdout', ROOT/'nbs/index.ipynb', '--log-level', 'ERROR'], capture_output=True, text=True, check=True).stdout
-    keep = lambda text: [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('![png]') and '#| ' not in line]
-    assert keep(made) == keep((ROOT/'README.md').read_text())
+    "README.md and its pictures are what tools/readme.py makes of index.ipynb."
+    spec = spec_from_file_location('readme', ROOT/'tools/readme.py')
+    readme = module_from_spec(spec); spec.loader.exec_module(readme)
+    text, pictures = readme.convert()
+    assert text == (ROOT/'README.md').read_text(), 'run python tools/readme.py'
+    for name, data in pictures.items(): assert (ROOT/name).read_bytes() == data, name
 
 
 def test_readme_commands_exist():
