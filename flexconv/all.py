@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #c26543ca
+# %% ../nbs/15_all.ipynb #1fbee321
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -23,6 +23,7 @@ from .aliasing import *
 from .flexnet import *
 from .data import *
 from .learner import *
+from .export import *
 from .plot import *
 from .cli import *
 

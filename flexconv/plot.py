@@ -15,11 +15,11 @@ from .layers import sample
 from .aliasing import nyquist_frequency
 from .flexnet import conv_layers
 
-# %% ../nbs/13_plot.ipynb #1ddbf15e
-def _layers_2d(model):
-    "The 2D layers of a model, or the model itself if it is one; a ValueError if there are none."
-    layers = {name or type(m).__name__: m for name, m in conv_layers(model).items() if m.ndim == 2}
-    if not layers: raise ValueError(f'model must contain CKConv2d or FlexConv2d layers; {type(model).__name__} has none')
+# %% ../nbs/13_plot.ipynb #d274c77d
+def _drawable(model):
+    "The 1D and 2D layers of a model, or the model itself if it is one; a ValueError if there are none."
+    layers = {name or type(m).__name__: m for name, m in conv_layers(model).items() if m.ndim <= 2}
+    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers of 1 or 2 dimensions; {type(model).__name__} has none')
     return layers
 
 # %% ../nbs/13_plot.ipynb #b2b63f78
@@ -31,8 +31,8 @@ def kernel_frame(layer):
     crop(frame, layer.bounds()).copy_(kernel)
     return frame
 
-# %% ../nbs/13_plot.ipynb #ce7e5ef0
-def show_kernel(layer,             # a CKConv2d or FlexConv2d
+# %% ../nbs/13_plot.ipynb #65f37c21
+def show_kernel(layer,             # a 1D or 2D CKConv or FlexConv
                 out_channel=0,     # which kernel: output channel ...
                 in_channel=0,      # ... and input channel
                 ax=None,           # matplotlib axes
@@ -41,18 +41,25 @@ def show_kernel(layer,             # a CKConv2d or FlexConv2d
     ax = ax or plt.subplots(figsize=(2, 2))[1]
     k = kernel_frame(layer)[out_channel, in_channel]
     scale = max(k.abs().max().item(), 1e-12)
-    ax.imshow(k, cmap='RdBu_r', vmin=-scale, vmax=scale, interpolation='nearest')
-    (r0, r1), (c0, c1) = layer.bounds()
-    ax.add_patch(plt.Rectangle((c0-0.5, r0-0.5), c1-c0, r1-r0, fill=False, ec='0.2', lw=0.8))
-    ax.set(xticks=[], yticks=[]); ax.set_title(f'{r1-r0}×{c1-c0}' if title is None else title, fontsize=8)
+    if layer.ndim == 1: _curve(ax, k, layer.bounds()[0])
+    else:
+        ax.imshow(k, cmap='RdBu_r', vmin=-scale, vmax=scale, interpolation='nearest')
+        (r0, r1), (c0, c1) = layer.bounds()
+        ax.add_patch(plt.Rectangle((c0-0.5, r0-0.5), c1-c0, r1-r0, fill=False, ec='0.2', lw=0.8))
+    ax.set(xticks=[], yticks=[]); ax.set_title('×'.join(map(str, layer.size)) if title is None else title, fontsize=8)
     return ax
 
-# %% ../nbs/13_plot.ipynb #f1c6481c
+def _curve(ax, k, bounds):
+    "A 1D kernel as a curve, the part in use shaded."
+    ax.axvspan(bounds[0] - 0.5, bounds[1] - 0.5, color='0.92')
+    ax.axhline(0, color='0.6', lw=0.6); ax.plot(k, color='C0', lw=0.8); ax.set_xlim(-0.5, len(k) - 0.5)
+
+# %% ../nbs/13_plot.ipynb #1833f2c8
 def show_kernels(model,         # a layer, or a network
                  per_layer=4,   # kernels of each layer, of the first output channels
                  figsize=None):
     "A column of kernels for each layer of a network, shallow to deep; the title is the layer and its size in pixels."
-    layers, (per_layer,) = _layers_2d(model), per_axis(per_layer, 1, 'per_layer')
+    layers, (per_layer,) = _drawable(model), per_axis(per_layer, 1, 'per_layer')
     fig, axs = plt.subplots(per_layer, len(layers), figsize=figsize or (1.25*len(layers), 1.15*per_layer + 0.4), squeeze=False, layout='constrained')
     for column, (name, layer) in zip(axs.T, layers.items()):
         for i, ax in enumerate(column):
@@ -60,7 +67,7 @@ def show_kernels(model,         # a layer, or a network
             show_kernel(layer, i, i % (layer.in_channels//layer.groups), ax, f'{name}\n{"×".join(map(str, layer.size))}' if i == 0 else '')
     return fig
 
-# %% ../nbs/13_plot.ipynb #739fb9f1
+# %% ../nbs/13_plot.ipynb #d57f6885
 def show_kernel_sizes(sizes,       # `kernel_sizes(model)`, or a list of them, one for each epoch
                       ax=None):
     "Kernel size in pixels (geometric mean over axes) of every layer: over depth, or over epochs."
@@ -76,7 +83,7 @@ def show_kernel_sizes(sizes,       # `kernel_sizes(model)`, or a list of them, o
     else:
         for name, v, c in zip(names, values.T, colors): ax.plot(v, color=c, label=name, lw=1.5)
         ax.set_xlabel('epoch'); ax.legend(fontsize=7, ncols=max(1, len(names)//8), loc='center left', bbox_to_anchor=(1, 0.5))
-    ax.set_ylabel('kernel size (pixels)'); ax.set_ylim(bottom=0)
+    ax.set_ylabel(f'kernel size ({"samples" if len(history[0][names[0]]) == 1 else "pixels"})'); ax.set_ylim(bottom=0)
     return ax
 
 # %% ../nbs/13_plot.ipynb #3d8ffe48

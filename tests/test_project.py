@@ -1,5 +1,5 @@
 "The project itself: imports, exported files, README, notebooks."
-import configparser, json, re, subprocess, sys
+import ast, configparser, json, re, subprocess, sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = 'kernels magnet mask crop conv layers aliasing flexnet data learner plot cli'.split()
+MODULES = 'kernels magnet mask crop conv layers aliasing flexnet data learner export plot cli'.split()
 
 
 def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
@@ -55,6 +55,15 @@ def test_notebook_is_fit_to_print(notebook):
             text = json.dumps({k: v for k, v in out.items() if k != 'metadata'})
             assert out['output_type'] != 'error' and out.get('name') != 'stderr', text[:500]
             assert not re.search(r'/(work|root|tmp|home)/', text), text[:500]
+
+
+@pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p.stem != 'index'], ids=lambda p: p.stem)
+def test_imports_stand_alone_in_their_cells(notebook):
+    "nbdev_docs runs every cell that imports, alone. (The front page's first cell is an example that can be copied whole.)"
+    for cell in json.loads(notebook.read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) or 'FutureWarning' in ast.dump(s) for s in ast.parse(''.join(cell['source'])).body]
+        assert all(imports) or not any(imports), ''.join(cell['source'])
 
 
 def test_readme_is_the_index():

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
-from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, load_checkpoint, model_for, read_csv, split_masks
+from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, kernel_norm, model_for, read_csv, split_masks
 from fastai.data.external import fastai_path
 
 BIN = Path(sys.executable).parent
@@ -31,6 +31,17 @@ def test_schedule_against_the_authors(golden):
         assert schedule(1.) == pytest.approx(1e-6)
         warm = slice(0, 3910//500 + 1)
         np.testing.assert_allclose(ours[warm], theirs[warm], rtol=2e-3, atol=1e-9)
+
+
+def test_kernel_norm_against_the_authors(golden):
+    g = golden('lnloss')
+    class Layer(torch.nn.Module):          # a stand-in with the stored kernel and bias
+        def kernel(self): return g['kernel']
+        bias = g['bias']
+    from flexconv import learner
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(learner, 'conv_layers', lambda model: dict(a=model))
+        assert kernel_norm(Layer(), 1e-5).item() == pytest.approx(g['value'].item(), rel=1e-6)
 
 
 def test_every_batch_has_its_rate():
@@ -79,7 +90,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     names = {p.name for p in (tmp_path/'run').iterdir()}
     assert names == {'config.json', 'metrics.csv', 'model.safetensors', 'checkpoint.pt', 'kernels.png', 'sizes.png'}
     config, rows = json.loads((tmp_path/'run/config.json').read_text()), read_csv(tmp_path/'run/metrics.csv')
-    assert config['epochs'] == 2 and config['model'] == 'flexnet3' and config['seed'] == 0 and config['parameters'] > 0 and 'torch' in config['versions']
+    assert config['epochs'] == 2 and config['lr'] == 0.01 and config['model'] == 'flexnet3' and config['seed'] == 0 and config['parameters'] > 0 and 'torch' in config['versions']
     assert [r['epoch'] for r in rows] == ['0', '1'] and sum(k.startswith('size/') for k in rows[0]) == 7
     assert {'train_loss', 'valid_loss', 'accuracy', 'lr', 'seconds'} <= set(rows[0])
     accuracy = 100*float(rows[-1]['accuracy'])
@@ -124,6 +135,13 @@ def test_foreign_files_are_named(tmp_path):
     assert 'config.json is damaged' in run('flexconv_eval', tmp_path/'a', code=2).stderr
 
 
+@pytest.mark.parametrize('data,model', [('sdigits', 'flextcn2'), ('sdigits', 'cktcn'), ('digits', 'flexnet7_conv3'), ('digits', 'flexnet7_gabor')])
+def test_other_data_and_models_train_and_evaluate(data, model, tmp_path):
+    run('flexconv_train', '--data', data, '--model', model, '--epochs', 1, '--width', 4, '--max_items', 128, '--out', tmp_path/'run')
+    assert 'accuracy' in run('flexconv_eval', tmp_path/'run').stdout
+    assert (tmp_path/'run/kernels.png').exists() == (model != 'flexnet7_conv3')
+
+
 # Full data ------------------------------------------------------------------------------------------------------------------
 
 def unpacked(folder):
@@ -139,6 +157,27 @@ def test_cifar10_is_what_was_published():
     means = train.x.float().mean((0, 2, 3))/255
     torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=1e-4, rtol=0)
     assert dls.one_batch()[0].shape == (64, 3, 32, 32)
+
+
+@unpacked('mnist_png')
+@pytest.mark.parametrize('name,shape', [('smnist', (1, 784)), ('pmnist', (1, 784))])
+def test_sequences_of_mnist(name, shape):
+    dls = get_dls(name, seed=3)
+    x, images = dls.valid.one_batch()[0], get_dls('mnist').valid.one_batch()[0].as_subclass(torch.Tensor)
+    assert x.shape[1:] == shape
+    order = np.random.RandomState(3).permutation(784) if name == 'pmnist' else np.arange(784)
+    assert torch.equal(x.as_subclass(torch.Tensor), images.flatten(2)[..., order])
+
+
+@unpacked('cifar10')
+def test_sequences_of_cifar10():
+    images = get_dls('cifar10').valid.one_batch()[0].as_subclass(torch.Tensor)
+    assert torch.equal(get_dls('scifar10').valid.one_batch()[0].as_subclass(torch.Tensor), images.flatten(2))
+    x = get_dls('npcifar10').valid.one_batch()[0].as_subclass(torch.Tensor)
+    assert x.shape[1:] == (96, 1000)
+    for t in (0, 7, 31): assert torch.equal(x[5, :, t].view(3, 32), images[5, :, t])          # step t is row t, all three channels
+    noise = np.random.RandomState(0).standard_normal((96, 968)).astype(np.float32)
+    assert torch.equal(x[0, :, 32:], torch.from_numpy(noise)) and torch.equal(x[0, :, 32:], x[9, :, 32:])
 
 
 @unpacked('mnist_png')

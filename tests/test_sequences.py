@@ -1,0 +1,54 @@
+"Causal networks: they never look ahead, and a stream gives what the whole sequence gives."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from flexconv.export import Stream, bake
+from flexconv.flexnet import create_model, kernel_sizes, list_models
+from flexconv.layers import FlexConv1d
+
+
+@pytest.mark.parametrize('name', list_models('*tcn*'))
+@pytest.mark.parametrize('t', [0, 1, 29, 59])
+def test_no_output_depends_on_the_future(name, t):
+    torch.manual_seed(0)
+    net = create_model(name, in_channels=2, kernel_size=60, width=8).eval()
+    x = torch.randn(2, 2, 60)
+    y = x.clone(); y[..., t] += 1
+    a, b = net.blocks(x), net.blocks(y)
+    gap = (a - b).abs().amax((0, 1))
+    assert not t or gap[:t].max() < 1e-5*a.abs().max()
+    assert gap[t:].max() > 1e-4*a.abs().max()
+
+
+@pytest.mark.parametrize('length', [1, 30, 60, 100])
+def test_sequences_of_other_lengths(length):
+    "The grid belongs to the layer: shorter and longer sequences meet the same kernels."
+    net = create_model('flextcn2', in_channels=2, kernel_size=60, width=8, sigma=0.2).eval()
+    x = torch.randn(2, 2, length)
+    before = kernel_sizes(net)
+    assert net(x).shape == (2, 10) and kernel_sizes(net) == before
+    torch.testing.assert_close(bake(net)(x), net(x), rtol=1e-4, atol=1e-4)
+    longer = torch.cat([x, torch.randn(2, 2, 40)], -1)
+    torch.testing.assert_close(net.blocks(longer)[..., :length], net.blocks(x), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**16), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from([0.02, 0.2, 1.]), st.sampled_from(['flextcn2', 'cktcn', 'flextcn4']))
+def test_a_stream_gives_what_the_whole_sequence_gives(seed, chunks, sigma, name):
+    torch.manual_seed(seed)
+    net = create_model(name, in_channels=2, kernel_size=40, width=6, **(dict(sigma=sigma) if 'flex' in name else {})).eval()
+    x = torch.randn(3, 2, sum(chunks))
+    stream = Stream(net)
+    for _ in range(2):                                            # twice, to see that reset forgets
+        for chunk in x.split(chunks, -1): scores = stream(chunk)
+        torch.testing.assert_close(scores, net(x), rtol=1e-4, atol=1e-4)
+        stream.reset()
+
+
+def test_the_mean_of_a_mask_moves_the_kernel_in_time():
+    "Whatever mean and sigma a causal mask has, the kernel ends at the newest sample, and its size changes by single steps."
+    layer, sizes = FlexConv1d(1, 1, 101, causal=True, sigma=0.1), []
+    for mean in torch.linspace(2, -0.5, 501).tolist():
+        with torch.no_grad(): layer.mask.mean.fill_(mean)
+        sizes.append(layer.size[0])
+        assert layer.bounds()[0][1] == 101
+    assert sizes[0] == 1 and all(0 <= b - a <= 1 for a, b in zip(sizes, sizes[1:])), 'the size jumps'
