@@ -48,10 +48,10 @@ base_config = dict(data='digits', model=None, epochs=350, bs=64, lr=0.01, warmup
                    width=None, dropout=None, kernel_size=None, sigma=None, kernel=None, conv_method=None, aliasing=0., kernel_norm=0.)
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
-# %% ../nbs/14_cli.ipynb #021e9c44
+# %% ../nbs/14_cli.ipynb #5e9e93a4
 def paper_experiments():
     "The paper's settings by name, `data-model`: those of images as published, those of sequences ours (the authors published none)."
-    out = dict(digits=dict(epochs=30, model='flexnet3'), sdigits=dict(data='sdigits', epochs=40, model='flextcn2', kernel_norm=1e-4))
+    out = dict(digits=dict(epochs=30, model='flexnet3'), sdigits=dict(data='sdigits', epochs=40, model='flextcn2', sigma=0.6, kernel_norm=1e-4))
     for data in 'mnist', 'cifar10':
         for model in list_models('flexnet*') + list_models('ckcnn*'): out[f'{data}-{model}'] = dict(data=data, model=model, lr=0.001 if 'siren' in model else 0.01)
     for data in sequence_sets[1:]:

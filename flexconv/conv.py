@@ -81,10 +81,10 @@ def _from_spectrum(s, lengths, groups_first):
     s = s.permute((0, 2, 3, 1) if groups_first else (2, 0, 3, 1)).unflatten(3, (*lengths[:-1], lengths[-1]//2 + 1))
     return torch.fft.irfftn(s, s=lengths, dim=tuple(range(3, s.ndim)))
 
-# %% ../nbs/04_conv.ipynb #e22a0e68
+# %% ../nbs/04_conv.ipynb #9303346a
 def _circle(size, kernel, pairs):
     "Circular length, and zeros after the input, for each axis."
-    lengths = tuple(fast_length(max(s + max(p), n, s + sum(p) - n + 1)) for s, n, p in zip(size, kernel, pairs))
+    lengths = tuple(fast_length(int(max(s + max(p), n, s + sum(p) - n + 1))) for s, n, p in zip(size, kernel, pairs))    # int: sizes are tensors under torch.jit.trace
     return lengths, tuple((before, l - s - before) for l, s, (before, _) in zip(lengths, size, pairs))
 
 def _window(x, starts, sizes):

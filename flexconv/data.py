@@ -7,11 +7,11 @@ __all__ = ['data_sets', 'ImageTensors', 'TensorDL', 'RandomCropFlip', 'ToFloat',
            'read_split', 'read_cached', 'fetch', 'DataSet', 'register_data_set', 'digits', 'mnist', 'cifar10',
            'as_sequences', 'sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10', 'folder_dls', 'get_dls']
 
-# %% ../nbs/09_data.ipynb #b1aa03e7
-import warnings
+# %% ../nbs/09_data.ipynb #ab3f06fc
+import copy, warnings
 from pathlib import Path
 
-# %% ../nbs/09_data.ipynb #53ee4827
+# %% ../nbs/09_data.ipynb #734acb61
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from safetensors.torch import load_file, save_file
+from fastcore.basics import patch
 
 # %% ../nbs/09_data.ipynb #8f2725b7
 with warnings.catch_warnings():
@@ -36,7 +37,7 @@ with warnings.catch_warnings():
 # %% ../nbs/09_data.ipynb #bf60c38d
 from .kernels import per_axis, check_choice, check_number
 
-# %% ../nbs/09_data.ipynb #fc650073
+# %% ../nbs/09_data.ipynb #46b69f6c
 class ImageTensors:
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
     loss_func, n_inp = CrossEntropyLossFlat(), 1
@@ -53,10 +54,35 @@ class ImageTensors:
     def __getitem__(self, i): return TensorImage(self.x[i]), TensorCategory(self.y[i])
     def decode(self, o, full=True): return o[0], Category(self.vocab[int(o[1])])
 
-# %% ../nbs/09_data.ipynb #7ca70dae
+    @property
+    def items(self): return range(len(self))
+
+# %% ../nbs/09_data.ipynb #ccfba331
+@patch
+def with_images(self:ImageTensors,
+                images):    # uint8 tensors or arrays `(C, H, W)`, all of one size, or indices of images that are here
+    "The same classes with other images, for prediction, their labels 0; or with some of these."
+    new = copy.copy(self)
+    if len(images) and all(isinstance(i, int) for i in images):
+        new.x, new.y = self.x[list(images)], self.y[list(images)]
+        return new
+    new.x = torch.stack([torch.as_tensor(i).as_subclass(torch.Tensor) for i in images]).to(self.x) if len(images) else self.x[:0]
+    new.y, new.split_idx = self.y.new_zeros(len(images)), 1
+    return new
+
+@patch
+def new_empty(self:ImageTensors):
+    "The same classes without images, as fastai stores with an exported `Learner`."
+    return self.with_images([])
+
+# %% ../nbs/09_data.ipynb #09a7b37c
 class TensorDL(TfmdDL):
     "A fastai `DataLoader` over `ImageTensors` that picks each batch with one indexing operation."
     def __init__(self, dataset, bs=64, **kwargs): super().__init__(dataset, bs=bs, **{**kwargs, 'num_workers': 0})
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        if dataset is not None and not isinstance(dataset, ImageTensors): dataset = self.dataset.with_images(dataset)
+        return super().new(dataset, cls, **kwargs)
 
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, self.drop_last):

@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
         h = self.dropout(self.norm1(self.conv1(x)).relu())
         return (self.norm2(self.conv2(h)) + self.shortcut(x)).relu()
 
-# %% ../nbs/07_flexnet.ipynb #47b83c48
+# %% ../nbs/07_flexnet.ipynb #602f2f51
 class FlexNet(nn.Module):
     "Residual network at full resolution (Romero, Bruintjes et al., 2022): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
     def __init__(self,
@@ -48,6 +48,8 @@ class FlexNet(nn.Module):
                  **conv_options):          # further arguments of each `conv`
         super().__init__()
         in_channels, num_classes, width = (per_axis(v, 1, n)[0] for v, n in ((in_channels, 'in_channels'), (num_classes, 'num_classes'), (width, 'width')))
+        if not isinstance(widths, (tuple, list)) or not widths: raise ValueError(f'widths must be a tuple of ints, one for each block; got {widths!r}')
+        widths = per_axis(widths, len(widths), 'widths')
         check_number(dropout, 'dropout', -1e-9, 1)
         new_conv = lambda i, o: conv(i, o, kernel_size, **conv_options)
         self.stem, self.norm = new_conv(in_channels, width), nn.BatchNorm2d(width)
