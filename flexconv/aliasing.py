@@ -57,7 +57,7 @@ def highest_frequency(layer,                 # a CKConv, a FlexConv or a kernel 
     freqs = torch.stack([filter_frequency(f, bound, stddevs) for f in _filters(layer)])
     return freqs + mask_frequency(layer, stddevs)/len(freqs) if include_mask and hasattr(layer, 'mask') else freqs
 
-# %% ../nbs/06_aliasing.ipynb #afb65361
+# %% ../nbs/06_aliasing.ipynb #e9915f92
 def aliasing_loss(model,                  # a layer, or a network that contains some
                   resolution,             # size of the data in pixels (samples), at least 1
                   factor=0.1,             # weight of the loss
@@ -68,6 +68,7 @@ def aliasing_loss(model,                  # a layer, or a network that contains 
                  ):
     "Penalty for kernel frequencies above the Nyquist frequency of `resolution`, summed over layers; a scalar tensor."
     check_choice(method, ('together', 'summed'), 'method')
+    factor = check_number(factor, 'factor', 0, closed=True)
     nyquist = nyquist_frequency(per_axis(resolution, 1, 'resolution')[0] + 1)
     layers = [m for m in model.modules() if isinstance(m, CKConv)]
     if not layers: raise ValueError(f'model must contain a CKConv or FlexConv layer; {type(model).__name__} has none')

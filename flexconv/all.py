@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #1fbee321
+# %% ../nbs/15_all.ipynb #25598e42
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -25,7 +25,7 @@ from .data import *
 from .learner import *
 from .export import *
 from .plot import *
-from .cli import *
+from .cli import flexconv_eval, flexconv_train
 
 # %% ../nbs/15_all.ipynb #1493fba8
 __all__ = [name for name in globals() if not name.startswith('_')]

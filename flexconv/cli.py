@@ -18,17 +18,18 @@ import matplotlib.pyplot as plt
 from fastcore.script import call_parse
 from safetensors.torch import load_file
 
-# %% ../nbs/14_cli.ipynb #aa561ddc
+# %% ../nbs/14_cli.ipynb #713cd885
 import flexconv
-from .data import get_dls    # first: it keeps fastai's import quiet
+from .data import data_sets, get_dls    # first: it keeps fastai's import quiet
 import fastai
 from fastai.interpret import ClassificationInterpretation
 from fastai.torch_core import set_seed
 
-# %% ../nbs/14_cli.ipynb #3cd96b43
+# %% ../nbs/14_cli.ipynb #a3e0f074
 from .kernels import check_choice, check_number, per_axis
+from .aliasing import aliasing_loss
 from .flexnet import conv_layers, kernel_sizes, list_models
-from .learner import (AliasingLoss, KernelNorm, RunRecorder, flex_learner, load_checkpoint, model_for, read_csv, size_text, write_atomically)
+from .learner import (AliasingLoss, KernelNorm, RunRecorder, flex_learner, kernel_norm, load_checkpoint, model_for, read_csv, size_text, write_atomically)
 from .plot import show_kernel_sizes, show_kernels
 
 # %% ../nbs/14_cli.ipynb #b9da62c4
@@ -58,7 +59,7 @@ def paper_experiments():
         for model in list_models('*tcn*'): out[f'{data}-{model}'] = dict(data=data, model=model, epochs=200, lr=0.001 if model in ('cktcn', 'cktcn_big') else 0.01, kernel_norm=1e-4)
     return out
 
-# %% ../nbs/14_cli.ipynb #ba119e88
+# %% ../nbs/14_cli.ipynb #c9660552
 def complete(experiment,    # name of an experiment, or None
              options):      # options that were given, {name: value}
     "The whole configuration: the base, the experiment (or what suits the data), and the options, each before the last."
@@ -66,33 +67,37 @@ def complete(experiment,    # name of an experiment, or None
     if experiment is not None: chosen = known[check_choice(experiment, known, 'experiment')]
     elif data in known: chosen = known[data]
     else: chosen = known['smnist-flextcn2'] if data in sequence_sets else dict(model='flexnet3')
+    if options.get('model') not in (None, chosen.get('model')): chosen = {k: v for k, v in chosen.items() if k != 'sigma'}      # chosen for another network
     cfg = base_config | chosen | options
     per_axis(cfg['epochs'], 1, 'epochs')
-    for name in 'aliasing', 'kernel_norm': check_number(cfg[name], name, -1e-12)
+    for name in 'aliasing', 'kernel_norm': check_number(cfg[name], name, 0, closed=True)
+    if cfg['warmup_epochs'] is not None: check_number(cfg['warmup_epochs'], 'warmup_epochs', 0, cfg['epochs'], closed=True)
     return cfg
 
-# %% ../nbs/14_cli.ipynb #0e4d50c4
+# %% ../nbs/14_cli.ipynb #999ed688
 def new_folder(out,       # what the user asked for, or None
                name,      # default name under runs/
               ):
     "A new folder for a run. Without `out`, the first free of runs/name, runs/name-2, ...; a ValueError if `out` holds a run already."
     if out is not None:
         folder = Path(out)
-        if (folder/'config.json').exists(): raise ValueError(f'out must not hold a run already; {folder} does. Go on with it by --resume {folder}, or name another folder')
+        if (folder/'checkpoint.pt').exists(): raise ValueError(f'out must not hold a run already; {folder} does. Go on with it by --resume {folder}, or name another folder')
     else: folder = next(f for i in range(1, 10_000) if not (f := Path('runs')/(name if i == 1 else f'{name}-{i}')).exists())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../nbs/14_cli.ipynb #9f46abea
+# %% ../nbs/14_cli.ipynb #01435e54
 def read_config(run,    # a run folder
                ):
     "The configuration of a run; an error that names the file where there is none."
     file = Path(run)/'config.json'
     if not file.exists(): raise FileNotFoundError(f'{run} is not a run folder: it has no config.json')
-    try: return json.loads(file.read_text())
+    try: cfg = json.loads(file.read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{file} is damaged: {e}') from None
+    if not isinstance(cfg, dict) or not {'data', 'model', 'epochs'} <= set(cfg): raise ValueError(f'{file} is not the configuration of a run')
+    return base_config | cfg
 
-# %% ../nbs/14_cli.ipynb #b060e9cc
+# %% ../nbs/14_cli.ipynb #cd8cda25
 def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
                  device,    # 'cpu', 'cuda', ... or None for fastai's default
                 ):
@@ -105,6 +110,7 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
     cbs = [AliasingLoss(cfg['aliasing'])]*bool(cfg['aliasing']) + [KernelNorm(cfg['kernel_norm'])]*bool(cfg['kernel_norm'])
     try: model = model_for(dls, cfg['model'], **options)
     except TypeError as e: raise ValueError(f'model {cfg["model"]} does not take all of {", ".join(options)}: {e}') from None
+    for penalty in cbs: (aliasing_loss(model, 1) if isinstance(penalty, AliasingLoss) else kernel_norm(model))       # a ValueError now, not in the first epoch
     return flex_learner(dls, model, lr=cfg['lr'], cbs=cbs)
 
 # %% ../nbs/14_cli.ipynb #5052e6e4
@@ -145,24 +151,24 @@ def plain_log(learn):
         with learn.no_bar(): yield
     finally: learn.logger = logger
 
-# %% ../nbs/14_cli.ipynb #9c37d695
+# %% ../nbs/14_cli.ipynb #a74fbcdf
 def train(learn,              # of `make_learner`
           cfg,                # its configuration
           folder,             # run folder
           resume=False):      # go on from its checkpoint?
     "Train as `cfg` says, into `folder`."
     rows, start, facts = [], 0, describe(learn)
-    if resume:
+    if resume and (folder/'checkpoint.pt').exists():             # without one it was stopped in its first epoch, and starts again
         start = load_checkpoint(learn, folder/'checkpoint.pt')
         rows = [r for r in read_csv(folder/'metrics.csv') if int(r['epoch']) < start]
-        if start >= cfg['epochs']: raise ValueError(f'{folder} is complete: {start} of {cfg["epochs"]} epochs')
-        print(f'Resuming {folder} after epoch {start-1}')
+        print(f'{folder}: {start} of {cfg["epochs"]} epochs are done')
     else: write_atomically(folder/'config.json', lambda p: p.write_text(json.dumps(cfg | facts, indent=1) + '\n'))
     print(f'{cfg["model"]} ({facts["parameters"]:,} parameters) on {cfg["data"]} ({facts["train_items"]:,} + {facts["valid_items"]:,} items) on {facts["device"]}, {cfg["epochs"]} epochs -> {folder}')
-    with plain_log(learn): learn.fit_cosine(cfg['epochs'], warmup_epochs=cfg['warmup_epochs'], start_epoch=start, cbs=[RunRecorder(folder, rows)])
+    if start < cfg['epochs']:
+        with plain_log(learn): learn.fit_cosine(cfg['epochs'], warmup_epochs=cfg['warmup_epochs'], start_epoch=start, cbs=[RunRecorder(folder, rows)])
     draw(learn, folder)
 
-# %% ../nbs/14_cli.ipynb #96c0ffc9
+# %% ../nbs/14_cli.ipynb #42baac7a
 @call_parse
 @user_errors
 def flexconv_train(
@@ -192,6 +198,7 @@ def flexconv_train(
 ):
     "Train a network with continuous kernels. Writes config, metrics, weights, pictures and a checkpoint to a run folder."
     options = {k: v for k, v in locals().items() if v is not None and k not in ('out', 'device', 'resume', 'experiment')}
+    if data and data not in data_sets and Path(data).is_dir(): options['data'] = str(Path(data).resolve())       # the run may be read from elsewhere
     if resume is not None:
         given = list(options) + [k for k, v in dict(out=out, experiment=experiment).items() if v]
         if given: raise ValueError(f'resume takes the configuration of the run; drop --{" --".join(given)}')

@@ -30,12 +30,13 @@ def crop_axis(n,               # positions on the whole axis
     start = min(math.ceil((root + 1)/step - 1e-6), last)                  # 1e-6: do not lose a position to rounding
     return start, n if causal else n-start
 
-# %% ../nbs/03_crop.ipynb #04d5bc5e
+# %% ../nbs/03_crop.ipynb #e76108d9
 def crop_bounds(mask,            # a `GaussianMask`
                 size,            # positions per axis, a tuple
                 causal=False,    # crop only the start?
                ):
-    "The positions that `mask` keeps of a grid of `size`: `((start, stop), ...)`, one pair per axis."
+    "The positions that `mask` keeps of a grid of `size`: `((start, stop), ...)`, one pair per axis. On the meta device, which has no values, all."
+    if mask.sigma.is_meta: return tuple((0, n) for n in size)
     with torch.no_grad(): mean, sigma = torch.stack(mask.held(torch.tensor(spacing(size)))).tolist()
     reach = mask_reach(mask.threshold)
     return tuple(crop_axis(n, m, s, reach, causal) for n, m, s in zip(size, mean, sigma))

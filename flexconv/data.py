@@ -7,8 +7,9 @@ __all__ = ['data_sets', 'ImageTensors', 'TensorDL', 'RandomCropFlip', 'ToFloat',
            'read_split', 'read_cached', 'fetch', 'DataSet', 'register_data_set', 'digits', 'mnist', 'cifar10',
            'as_sequences', 'sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10', 'folder_dls', 'get_dls']
 
-# %% ../nbs/09_data.ipynb #ab3f06fc
+# %% ../nbs/09_data.ipynb #c623913f
 import copy, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/09_data.ipynb #734acb61
@@ -37,7 +38,7 @@ with warnings.catch_warnings():
 # %% ../nbs/09_data.ipynb #bf60c38d
 from .kernels import per_axis, check_choice, check_number
 
-# %% ../nbs/09_data.ipynb #46b69f6c
+# %% ../nbs/09_data.ipynb #35c8afe0
 class ImageTensors:
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
     loss_func, n_inp = CrossEntropyLossFlat(), 1
@@ -56,8 +57,15 @@ class ImageTensors:
 
     @property
     def items(self): return range(len(self))
+    @property
+    def c(self): return len(self.vocab)
+    @contextmanager
+    def set_split_idx(self, i):
+        old, self.split_idx = self.split_idx, i
+        try: yield self
+        finally: self.split_idx = old
 
-# %% ../nbs/09_data.ipynb #ccfba331
+# %% ../nbs/09_data.ipynb #45260fea
 @patch
 def with_images(self:ImageTensors,
                 images):    # uint8 tensors or arrays `(C, H, W)`, all of one size, or indices of images that are here
@@ -66,6 +74,7 @@ def with_images(self:ImageTensors,
     if len(images) and all(isinstance(i, int) for i in images):
         new.x, new.y = self.x[list(images)], self.y[list(images)]
         return new
+    images = [i[0] if isinstance(i, tuple) else i for i in images]       # pairs with labels, too
     new.x = torch.stack([torch.as_tensor(i).as_subclass(torch.Tensor) for i in images]).to(self.x) if len(images) else self.x[:0]
     new.y, new.split_idx = self.y.new_zeros(len(images)), 1
     return new
@@ -174,7 +183,7 @@ def read_images(files,      # paths
     x = torch.from_numpy(np.stack(arrays))
     return x[:, None] if mode == 'L' else x.permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/09_data.ipynb #8eea1a36
+# %% ../nbs/09_data.ipynb #4b4cc0af
 def read_split(folder,      # holds one folder of images for each class
                vocab,       # names of the class folders
                mode,        # 'RGB' or 'L'
@@ -182,18 +191,26 @@ def read_split(folder,      # holds one folder of images for each class
               ):
     "Images and labels of one split. A missing folder or image gives a FileNotFoundError."
     files = [(f, i) for i, c in enumerate(vocab) for f in sorted((folder/c).glob('*.png'))] if folder.is_dir() else []
-    if len(files) != count: raise FileNotFoundError(f'{folder} must hold {count:,} png images in folders {", ".join(vocab)}; found {len(files):,}. Delete {folder.parent} and unpack the data again')
+    if len(files) != count: raise FileNotFoundError(f'{folder} must hold {count:,} png images in folders {", ".join(vocab)}; found {len(files):,}. Unpack the data set again, into an empty folder')
     return read_images([f for f, _ in files], mode), torch.tensor([i for _, i in files])
 
-# %% ../nbs/09_data.ipynb #8a612656
+# %% ../nbs/09_data.ipynb #5469306d
+def _is_whole(data, keys, counts, classes, mode):
+    "Are these cached tensors the images and labels of two splits?"
+    if set(data) != set(keys): return False
+    channels, (tx, ty, vx, vy) = dict(L=1, RGB=3)[mode], [data[k] for k in keys]
+    return ([len(v) for v in (tx, ty, vx, vy)] == [counts[0]]*2 + [counts[1]]*2 and all(v.dtype == torch.uint8 and v.ndim == 4 for v in (tx, vx))
+            and tx.shape[1:] == vx.shape[1:] and tx.shape[1] == channels and all(0 <= y.min() and y.max() < classes for y in (ty, vy)))
+
+# %% ../nbs/09_data.ipynb #bd6fef96
 def read_cached(path, splits, vocab, mode):
     "Images and labels of two splits `{folder: count}` under `path`, `[x, y, x, y]`, from the cache there if it exists, else from the files."
     cache, keys = Path(path)/'flexconv.safetensors', ('train_x', 'train_y', 'test_x', 'test_y')
     if cache.exists():
         try: data = load_file(cache)
         except Exception as e: raise ValueError(f'{cache} is damaged ({e}); delete it, and it will be made again from the images') from None
-        if set(data) == set(keys) and [len(data[k]) for k in keys[1::2]] == list(splits.values()): return [data[k] for k in keys]
-        raise ValueError(f'{cache} holds {dict((k, len(v)) for k, v in data.items())}, not {dict(splits)}; delete it, and it will be made again from the images')
+        if not _is_whole(data, keys, list(splits.values()), len(vocab), mode): raise ValueError(f'{cache} is not what was written there; delete it, and it will be made again from the images')
+        return [data[k] for k in keys]
     data = [t for folder, count in splits.items() for t in read_split(path/folder, vocab, mode, count)]
     part = cache.with_suffix('.part')
     try:
@@ -304,19 +321,22 @@ def _image_size(files):
         if len(sizes) > 1: raise ValueError('images have different sizes, so size must be given; got ' + ', '.join(f'{f} of {w}x{h}' for (w, h), f in sizes.items()))
     return next(iter(sizes))[::-1]
 
-# %% ../nbs/09_data.ipynb #8979a33c
+# %% ../nbs/09_data.ipynb #de967d0f
 def folder_dls(path, bs, size, valid_pct, seed, device):
     "fastai `DataLoaders` of a folder of images, one folder per class."
+    if valid_pct is not None: check_number(valid_pct, 'valid_pct', 0, 1)
     files = get_image_files(path)
     if not files: raise FileNotFoundError(f'{path} holds no images; it must have a folder of images for each class')
     broken = [f for f, good in zip(files, parallel(verify_image, files, threadpool=True, progress=False)) if not good]
     if broken: raise ValueError(f'{len(broken)} of {len(files)} files are not readable images; delete or replace them: ' + ', '.join(map(str, broken[:5])))
     valid = [n for n in ('valid', 'test') if (Path(path)/n).is_dir()]
     parted = (Path(path)/'train').is_dir() and valid
+    if parted and valid_pct is not None: raise ValueError(f'valid_pct is for folders that are not divided yet; {path} has train and {valid[0]}')
     splitter = GrandparentSplitter(valid_name=valid[0]) if parted else RandomSplitter(valid_pct or 0.2, seed=seed)
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=splitter,
                       item_tfms=Resize(size or _image_size(files)), batch_tfms=Normalize.from_stats(*imagenet_stats))
     dls = block.dataloaders(path, bs=bs, device=device, num_workers=0)
+    if not len(dls.train): dls = block.dataloaders(path, bs=len(dls.train_ds), device=device, num_workers=0)      # fewer images than a batch
     if len(dls.vocab) < 2: raise ValueError(f'{path} must hold images of at least 2 classes, each in its own folder; found {list(dls.vocab)}')
     return dls
 
@@ -335,7 +355,7 @@ def _hold_out(data, valid_pct, seed):
     cut = max(1, int(len(order)*check_number(valid_pct, 'valid_pct', 0, 1)))
     return data.train_x[order[cut:]], data.train_y[order[cut:]], data.train_x[order[:cut]], data.train_y[order[:cut]]
 
-# %% ../nbs/09_data.ipynb #4373cf3d
+# %% ../nbs/09_data.ipynb #0de00bd7
 def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (see `data_sets`), or a folder of images
             path=None,          # folder of the unpacked data set; by default fastai's own, downloaded if needed
             bs=64,              # batch size
@@ -349,9 +369,10 @@ def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (s
     "fastai `DataLoaders` of a data set by name, ready for `flex_learner`. Raises ValueError for unknown names, FileNotFoundError for missing data."
     bs, = per_axis(bs, 1, 'bs')
     if size is not None: size, = per_axis(size, 1, 'size', minimum=2)
+    if not isinstance(name, (str, Path)) or not str(name): raise ValueError(f'name must be the name of a data set or a folder; got {name!r}')
     device = torch.device(device or default_device())
     if name not in data_sets and Path(name).is_dir():
-        if augment or max_items: raise ValueError('augment and max_items are for the data sets in memory, not for a folder')
+        if augment or max_items or path is not None: raise ValueError('augment, max_items and path are for the data sets in memory, not for a folder')
         return folder_dls(Path(name), bs, size, valid_pct, seed, device)
     if name not in data_sets and ('/' in str(name) or isinstance(name, Path)): raise FileNotFoundError(f'name must be a data set or a folder of images; there is no folder {name}')
     data = data_sets[check_choice(name, data_sets, 'name')](path, seed)

@@ -42,15 +42,16 @@ def check_choice(value,      # what was asked for
     hint = f'. Did you mean {near[0]!r}?' if near else ''
     raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}; got {value!r}{hint}')
 
-# %% ../nbs/00_kernels.ipynb #6c0cc999
+# %% ../nbs/00_kernels.ipynb #7c11879d
 def check_number(value,           # what was passed
                  name,            # name of the argument, for the message
                  low=-math.inf,   # the value must lie above `low` ...
                  high=math.inf,   # ... and below `high`
+                 closed=False,    # may it be `low` itself?
                 ):
-    "`value` as a float strictly between `low` and `high`; else a ValueError."
-    if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
-        raise ValueError(f'{name} must be a number between {low:g} and {high:g}, both excluded; got {value!r}')
+    "`value` as a float between `low` and `high`; else a ValueError."
+    if isinstance(value, bool) or not isinstance(value, Real) or not (low < value < high or closed and value == low):
+        raise ValueError(f'{name} must be a number {"from" if closed else "above"} {low:g} and below {high:g}; got {value!r}')
     return float(value)
 
 # %% ../nbs/00_kernels.ipynb #39d3fcf5
@@ -228,10 +229,10 @@ class FourierNet(MultiplicativeFilterNetwork):
     def new_filter(self, l, **kwargs):
         return FourierFilter(self.ndim, self.hidden, self.input_scale/math.sqrt(self.layers+1), **kwargs)
 
-# %% ../nbs/00_kernels.ipynb #c2a45eec
+# %% ../nbs/00_kernels.ipynb #03a133fe
 def sample_gamma(shape, *size, device=None, dtype=None):
     "Draws from the Gamma distribution with the given shape and rate 1, a tensor of `size`; drawn in float32 and cast."
-    return torch.distributions.Gamma(torch.full(size, float(shape), device=device), 1.).sample().to(dtype or torch.get_default_dtype())
+    return torch.distributions.Gamma(torch.full(size, float(shape), device=device), 1., validate_args=False).sample().to(dtype or torch.get_default_dtype())
 
 # %% ../nbs/00_kernels.ipynb #f982923a
 class GaborFilter(FourierFilter):

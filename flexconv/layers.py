@@ -6,18 +6,23 @@
 __all__ = ['CKConv', 'at_least_float32', 'sample', 'CKConv1d', 'CKConv2d', 'CKConv3d', 'FlexConv', 'FlexConv1d', 'FlexConv2d',
            'FlexConv3d', 'CausalConv1d', 'test_conv_layer', 'from_official']
 
-# %% ../nbs/05_layers.ipynb #939931be
+# %% ../nbs/05_layers.ipynb #c65cc53d
 import copy, inspect, pickle, warnings
 import torch
 from torch import nn
 from fastcore.basics import patch
 from .kernels import check_choice, create_kernel_network, kernel_networks, per_axis, position_grid
 from .magnet import MAGNet       # registers 'magnet'
-from .mask import GaussianMask
-from .crop import crop, crop_bounds, crop_size, spacing
-from .conv import conv_nd, direct_conv_nd, padding_modes, padding_pairs
+from .mask import GaussianMask, mask_reach
+from .crop import crop, crop_axis, crop_bounds, crop_size, spacing
+from .conv import check_reach, conv_nd, direct_conv_nd, padding_modes, padding_pairs
 
-# %% ../nbs/05_layers.ipynb #aba43d97
+# %% ../nbs/05_layers.ipynb #ae244943
+def _takes(kernel, argument):
+    "Does the kernel network (a name or a callable) have a parameter of this name?"
+    return argument in inspect.signature(kernel if callable(kernel) else kernel_networks[check_choice(kernel, kernel_networks, 'kernel')]).parameters
+
+# %% ../nbs/05_layers.ipynb #6bf1ff3b
 class CKConv(nn.Module):
     "Continuous kernel convolution (Romero et al., 2021): `(B, in_channels, *S)` to `(B, out_channels, *S)`. Base of the 1d, 2d and 3d classes."
     ndim = None    # number of axes; a subclass says
@@ -54,33 +59,43 @@ class CKConv(nn.Module):
         self.conv_method = check_choice(conv_method, ('auto', 'direct', 'fft'), 'conv_method')
         self.causal, self.rate = causal, 1.
         kwargs = dict(device=device, dtype=dtype)
-        self.make_kernel(kernel, {**(kernel_options or {}), **kwargs}, **kwargs)
+        self.make_kernel(kernel, kernel_options, kwargs)
         self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
 
-    def make_kernel(self, kernel, options, **kwargs):
-        "Create what the kernel is sampled from."
-        self.kernel_network = create_kernel_network(kernel, self.ndim, self.out_channels*self.in_channels//self.groups, **options)
+    def make_kernel(self, kernel, options, kwargs):
+        "Create what the kernel is sampled from; `kwargs` (device and dtype) only where it takes them."
+        if not isinstance(options, (dict, type(None))) or set(options or ()) & set(kwargs):
+            raise ValueError(f'kernel_options must be a dict without device and dtype, which are arguments of the layer; got {options!r}')
+        taken = {k: v for k, v in kwargs.items() if _takes(kernel, k)}
+        net = create_kernel_network(kernel, self.ndim, self.out_channels*self.in_channels//self.groups, **(options or {}), **taken)
+        self.kernel_network = net.to(**{k: v for k, v in kwargs.items() if v is not None})
 
-# %% ../nbs/05_layers.ipynb #5885b5dc
+# %% ../nbs/05_layers.ipynb #4c7824ff
 def at_least_float32(dtype):
     "`dtype`, or float32 for half precision."
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 def sample(module, *args):
     "`module(*args)` outside autocast, with parameters in float32 where they are in half precision."
+    if args[0].is_meta: return module(*args)               # a device without autocast
     with torch.autocast(args[0].device.type, enabled=False):
         params = dict(module.named_parameters())
         if all(p.dtype == at_least_float32(p.dtype) for p in params.values()): return module(*args)
         return torch.func.functional_call(module, {k: p.to(at_least_float32(p.dtype)) for k, p in params.items()}, args)
 
-# %% ../nbs/05_layers.ipynb #7b89817a
+# %% ../nbs/05_layers.ipynb #766abb1d
+@patch
+def first_parameter(self:CKConv):
+    "A parameter whose device and dtype are those of the layer."
+    return next(self.parameters(), torch.empty(0))
+
 @patch
 def positions(self:CKConv,
               bounds=None,      # `((start, stop), ...)`; by default the crop in use
              ):
     "The positions at which the kernel is sampled, `(ndim, *size)`."
-    p = next(self.kernel_network.parameters())
+    p = self.first_parameter()
     grid = position_grid(self.kernel_size, self.ndim, device=p.device, dtype=at_least_float32(p.dtype))
     if self.causal and self.kernel_size == (1,): grid = grid + 1           # the only sample is the newest
     return crop(grid, bounds or self.bounds())
@@ -90,7 +105,7 @@ def bounds(self:CKConv):
     "The positions in use on each axis, `((start, stop), ...)`."
     return tuple((0, n) for n in self.kernel_size)
 
-# %% ../nbs/05_layers.ipynb #f3d16528
+# %% ../nbs/05_layers.ipynb #88844577
 @patch
 def sample_kernel(self:CKConv, bounds):
     "The kernel's values inside `bounds`, `(out_channels * in_channels / groups, *size)`."
@@ -105,7 +120,9 @@ def kernel(self:CKConv):
 @patch
 def shaped(self:CKConv, k):
     "Kernel values `(out_channels * in_channels / groups, *size)` as a convolution's weight, times the rate, in the layer's dtype."
-    return (k*self.rate).unflatten(0, (self.out_channels, -1)).to(next(self.kernel_network.parameters()).dtype)
+    channels = self.out_channels*self.in_channels//self.groups
+    if k.shape[0] != channels: raise ValueError(f'kernel must give {channels} values per position (out_channels * in_channels / groups); {type(self.kernel_network).__name__} gave {tuple(k.shape)}')
+    return (k*self.rate).unflatten(0, (self.out_channels, -1)).to(self.first_parameter().dtype)
 
 # %% ../nbs/05_layers.ipynb #4ad4b47c
 @patch(as_prop=True)
@@ -120,7 +137,7 @@ def padding_in_use(self:CKConv, bounds):
     pairs = padding_pairs(self.padding, self.kernel_size, self.dilation, self.causal)
     return tuple((before - d*start, after - d*(n-stop)) for (before, after), d, n, (start, stop) in zip(pairs, self.dilation, self.kernel_size, bounds))
 
-# %% ../nbs/05_layers.ipynb #ad67d0f3
+# %% ../nbs/05_layers.ipynb #eef07ab7
 @patch
 def kernel_for_forward(self:CKConv):
     "The kernel that `forward` uses, and its bounds."
@@ -132,6 +149,8 @@ def forward(self:CKConv,
             x,       # (B, in_channels, *S), or (in_channels, *S)
            ):
     "Convolve: `(B, out_channels, *out)`."
+    whole = self.padding_in_use(tuple((0, n) for n in self.kernel_size))
+    check_reach(self.padding_mode, whole, x.shape[-self.ndim:])        # for the size it may grow to: not an hour into training
     kernel, bounds = self.kernel_for_forward()
     return conv_nd(x, kernel, self.bias, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation,
                    padding_mode=self.padding_mode, method=self.conv_method)
@@ -166,12 +185,7 @@ class CKConv3d(CKConv):
     "Continuous kernel convolution of volumes, `(B, C, D, H, W)`."
     ndim = 3
 
-# %% ../nbs/05_layers.ipynb #79c96063
-def _takes(kernel, argument):
-    "Does the kernel network (a name or a callable) take this argument?"
-    return argument in inspect.signature(kernel if callable(kernel) else kernel_networks[check_choice(kernel, kernel_networks, 'kernel')]).parameters
-
-# %% ../nbs/05_layers.ipynb #741d4e5d
+# %% ../nbs/05_layers.ipynb #c8e5a5b2
 class FlexConv(CKConv):
     "Convolution with a continuous kernel of learned size (Romero, Bruintjes et al., 2022): `(B, in_channels, *S)` to `(B, out_channels, *S)`."
     def __init__(self,
@@ -195,13 +209,16 @@ class FlexConv(CKConv):
                  init='paper',             # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):
         mask = GaussianMask(self.ndim, sigma, 1. if causal else 0., threshold, device=device, dtype=dtype)
-        options = dict(kernel_options or {})
-        if _takes(kernel, 'mu_range'): options.setdefault('mu_range', min(1., max(1.667*mask.sigma.abs().max().item(), 1e-3)))
+        widths = [abs(float(s)) for s in (sigma if hasattr(sigma, '__len__') else [sigma]*self.ndim)]
+        options = kernel_options
+        if _takes(kernel, 'mu_range') and isinstance(options, (dict, type(None))):
+            options = dict(mu_range=min(1., max(1.667*max(widths), 1e-3))) | (options or {})
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype,
                          kernel=kernel, causal=causal, conv_method=conv_method, kernel_options=options)
         self.mask = mask
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
-        if all(s == 1 < n for s, n in zip(self.size, self.kernel_size)):
+        bounds = [crop_axis(n, float(causal), w, mask_reach(threshold), causal) for n, w in zip(self.kernel_size, widths)]
+        if all(s == 1 < n for s, n in zip(crop_size(bounds), self.kernel_size)):
             warnings.warn(f'sigma={sigma} starts a kernel of kernel_size={kernel_size} at a single pixel; '
                           f'about {2.4/(max(self.kernel_size)-1):.2g} would start it wider', stacklevel=2)
 

@@ -7,16 +7,17 @@ __all__ = ['split_masks', 'MaskAdam', 'initial_sigma', 'model_for', 'KernelSizes
            'flex_learner', 'cosine_schedule', 'write_atomically', 'size_text', 'write_csv', 'read_csv', 'random_state',
            'set_random_state', 'save_checkpoint', 'load_checkpoint', 'RunRecorder']
 
-# %% ../nbs/10_learner.ipynb #2aace083
-import csv, io, os, random, time
+# %% ../nbs/10_learner.ipynb #9b218923
+import csv, inspect, io, os, random, time
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/10_learner.ipynb #f10f934e
+# %% ../nbs/10_learner.ipynb #5e82290d
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from fastcore.basics import patch
+from fastcore.foundation import L
 
 # %% ../nbs/10_learner.ipynb #a4a7889e
 import flexconv.data    # first: it keeps fastai's import quiet
@@ -40,7 +41,7 @@ def split_masks(model):
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     return [masks, rest] if masks and rest else [masks or rest]
 
-# %% ../nbs/10_learner.ipynb #229f12fd
+# %% ../nbs/10_learner.ipynb #47b33dac
 class MaskAdam(OptimWrapper):
     "torch's Adam for a fastai `Learner`, with the first of two parameter groups at `mask_lr` times the learning rate."
     def __init__(self,
@@ -48,7 +49,7 @@ class MaskAdam(OptimWrapper):
                  lr,                     # learning rate of everything but masks
                  mask_lr=0.1,            # factor for masks
                  betas=(0.9, 0.999), eps=1e-8, weight_decay=0.):
-        self.mask_lr = check_number(mask_lr, 'mask_lr', -1e-12)
+        self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
         super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
     def set_hyper(self, k, v):
@@ -56,11 +57,11 @@ class MaskAdam(OptimWrapper):
         if isinstance(v, np.ndarray): v = v.tolist()             # Python numbers, which a checkpoint may hold
         super().set_hyper(k, v)
 
-# %% ../nbs/10_learner.ipynb #39a42546
+# %% ../nbs/10_learner.ipynb #1691ddd9
 def initial_sigma(kernel_size,    # positions on [-1, 1]
                  ):
     "The paper's initial width, 0.075, or for a kernel of few positions the one that starts it at 5 pixels."
-    return 0.075 if kernel_size >= 17 else min(1., 2.4/(kernel_size-1))
+    return 0.075 if kernel_size >= 27 else min(1., 2.4/(kernel_size-1))
 
 def model_for(dls,          # fastai `DataLoaders` of images or sequences
               name,         # see `list_models`
@@ -83,17 +84,18 @@ class KernelSizes(Callback):
         if not self.history: self.history.append(kernel_sizes(self.model))
     def after_epoch(self): self.history.append(kernel_sizes(self.model))
 
-# %% ../nbs/10_learner.ipynb #8ea2ac99
+# %% ../nbs/10_learner.ipynb #85a4e3dc
 class AliasingLoss(Callback):
-    "Adds `aliasing_loss` at the resolution of the batch to the training loss; `kwargs` as there. The validation loss stays as it is."
+    "Adds `aliasing_loss` at the resolution of the batch to what is differentiated; `kwargs` as there. Recorded losses stay without it."
     run_valid = False
-    def __init__(self, factor=0.1, **kwargs): self.kwargs = dict(factor=factor, **kwargs)
+    def __init__(self, factor=0.1, **kwargs):
+        self.kwargs = dict(factor=check_number(factor, 'factor', 0, closed=True), **kwargs)
+        inspect.signature(aliasing_loss).bind(None, 1, **self.kwargs)                   # a TypeError for what it does not take
+    def before_fit(self): aliasing_loss(self.model, 1, **self.kwargs)                   # and a ValueError for what it cannot do
     def after_loss(self):
-        self.penalty = aliasing_loss(self.model, min(self.x.shape[2:]), **self.kwargs)
-        self.learn.loss_grad = self.loss_grad + self.penalty
-        self.learn.loss = self.learn.loss_grad.clone()
+        self.learn.loss_grad = self.loss_grad + aliasing_loss(self.model, min(self.x.shape[2:]), **self.kwargs)
 
-# %% ../nbs/10_learner.ipynb #57a607e9
+# %% ../nbs/10_learner.ipynb #27627700
 def kernel_norm(model,          # a layer, or a network that contains some
                 factor=1e-4,    # weight of the penalty
                ):
@@ -103,29 +105,28 @@ def kernel_norm(model,          # a layer, or a network that contains some
     return factor*sum(m.kernel().norm() + (m.bias.norm() if m.bias is not None else 0.) for m in layers)
 
 class KernelNorm(Callback):
-    "Adds `kernel_norm` to the training loss. The validation loss stays as it is."
+    "Adds `kernel_norm` to what is differentiated. Recorded losses stay without it."
     run_valid = False
-    def __init__(self, factor=1e-4): self.factor = factor
-    def after_loss(self):
-        self.penalty = kernel_norm(self.model, self.factor)
-        self.learn.loss_grad = self.loss_grad + self.penalty
-        self.learn.loss = self.learn.loss_grad.clone()
+    def __init__(self, factor=1e-4): self.factor = check_number(factor, 'factor', 0, closed=True)
+    def before_fit(self): kernel_norm(self.model, self.factor)                          # a ValueError where there is nothing to penalise
+    def after_loss(self): self.learn.loss_grad = self.loss_grad + kernel_norm(self.model, self.factor)
 
-# %% ../nbs/10_learner.ipynb #10291eec
+# %% ../nbs/10_learner.ipynb #6a629258
 def flex_learner(dls,                 # fastai `DataLoaders`
                  model='flexnet3',    # a model, or the name of one
                  loss_func=None,      # by default that of the data
                  lr=0.01,             # learning rate of everything but masks
-                 mask_lr=0.1,         # factor of the learning rate for masks
+                 mask_lr=None,        # factor of the learning rate for masks, 0.1 by default; for `MaskAdam` only
                  metrics=accuracy,    # as in `Learner`
                  cbs=None,            # further callbacks
                  opt_func=None,       # by default `MaskAdam`
                  **kwargs):           # further arguments of `Learner`
-    "A fastai `Learner` with masks at `mask_lr` times the learning rate, and kernel sizes on record."
+    "A fastai `Learner` with masks at a tenth of the learning rate, and kernel sizes on record."
     if isinstance(model, str): model = model_for(dls, model)
-    opt_func = opt_func or partial(MaskAdam, mask_lr=mask_lr)
+    if opt_func is not None and mask_lr is not None: raise ValueError('mask_lr is an argument of MaskAdam; with an opt_func of your own, give it the rates of both parameter groups')
+    opt_func = opt_func or partial(MaskAdam, mask_lr=0.1 if mask_lr is None else mask_lr)
     return Learner(dls, model, loss_func, opt_func, check_number(lr, 'lr', 0), splitter=split_masks, metrics=metrics,
-                   cbs=[KernelSizes(), *(cbs if isinstance(cbs, (list, tuple)) else [cbs] if cbs else [])], **kwargs)
+                   cbs=L(KernelSizes()) + L(cbs), **kwargs)
 
 # %% ../nbs/10_learner.ipynb #f0c3a1c1
 def cosine_schedule(lr,             # highest learning rate: a number, or an array with one per group
@@ -136,7 +137,7 @@ def cosine_schedule(lr,             # highest learning rate: a number, or an arr
     if not warmup: return SchedCos(lr, final)
     return combine_scheds([warmup, 1-warmup], [SchedLin(0*lr, lr), SchedCos(lr, final)])
 
-# %% ../nbs/10_learner.ipynb #217dc699
+# %% ../nbs/10_learner.ipynb #657c5a1d
 @patch
 def fit_cosine(self:Learner,
                epochs,                  # number of epochs
@@ -148,12 +149,13 @@ def fit_cosine(self:Learner,
               ):
     "Train with linear warm-up and a cosine, the schedule of the paper."
     epochs, = per_axis(epochs, 1, 'epochs')
-    warmup_epochs = check_number(min(5, epochs/10) if warmup_epochs is None else warmup_epochs, 'warmup_epochs', -1e-12, epochs)
+    warmup_epochs = check_number(min(5, epochs/10) if warmup_epochs is None else warmup_epochs, 'warmup_epochs', 0, epochs, closed=True)
+    if not 0 <= start_epoch < epochs: raise ValueError(f'start_epoch must lie in 0..{epochs-1}; got {start_epoch}')
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr is None else check_number(lr, 'lr', 0))
     rates = np.array([h['lr'] for h in self.opt.hypers])
     self._do_fit = partial(_fit_from, self, start_epoch)      # fastai's own start_epoch runs the callbacks of every epoch that it skips
-    try: self.fit(epochs, lr=list(rates), cbs=[ParamScheduler(dict(lr=cosine_schedule(rates, warmup_epochs/epochs, final))), *(cbs or [])])
+    try: self.fit(epochs, lr=list(rates), cbs=[ParamScheduler(dict(lr=cosine_schedule(rates, warmup_epochs/epochs, final))), *L(cbs)])
     finally: del self._do_fit
 
 def _fit_from(learn, start_epoch):
@@ -222,7 +224,7 @@ def load_checkpoint(learn,     # a `Learner` made as the one that was saved
     set_random_state(learn, state['random'])
     return state['epoch']
 
-# %% ../nbs/10_learner.ipynb #1890b989
+# %% ../nbs/10_learner.ipynb #7593c53f
 class RunRecorder(Callback):
     "Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch."
     order = 56          # after the Recorder and KernelSizes
@@ -231,10 +233,13 @@ class RunRecorder(Callback):
                  rows=None):    # rows of the epochs before, where a run goes on
         self.folder, self.rows = Path(folder), list(rows or [])
 
-    def before_epoch(self): self.start = time.perf_counter()
+    def before_epoch(self): self.start, self.losses = time.perf_counter(), []
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.detach())
 
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+        values['train_loss'] = torch.stack(self.losses).mean().item()       # of this epoch alone; fastai's is smoothed over epochs, and would forget on resuming
         row = dict(epoch=self.epoch, **{k: f'{v:.6f}' for k, v in values.items() if isinstance(v, float)},
                    lr=f'{self.opt.hypers[-1]["lr"]:.3e}', seconds=f'{time.perf_counter() - self.start:.2f}')
         self.rows.append(row | {f'size/{n}': size_text(s) for n, s in kernel_sizes(self.model).items()})

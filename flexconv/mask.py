@@ -28,7 +28,7 @@ def hold(value,       # tensor
     clamped = torch.minimum(torch.maximum(value, low), high).detach()
     return torch.where((value < low) | (value > high), value - value.detach() + clamped, value)
 
-# %% ../nbs/02_mask.ipynb #00f3bced
+# %% ../nbs/02_mask.ipynb #b1b9122b
 class GaussianMask(nn.Module):
     "A Gaussian over positions with learned `mean` `(D,)` and `sigma` `(D,)`, in units of the frame [-1, 1]; only |sigma| counts."
     def __init__(self,
@@ -45,12 +45,13 @@ class GaussianMask(nn.Module):
 
     def initial(self, value, name, device, dtype):
         "`value`, a number or one per axis, as a tensor `(D,)`."
+        if hasattr(value, 'tolist'): value = value.tolist()            # tensors and arrays
         values = list(value) if isinstance(value, (tuple, list)) else [value]*self.ndim
         if len(values) != self.ndim: raise ValueError(f'{name} must be a number or {self.ndim} of them, one per axis; got {value!r}')
         return torch.tensor([check_number(v, name) for v in values], device=device, dtype=dtype)
 
     def extra_repr(self):
-        show = lambda p: ', '.join(f'{v:.3g}' for v in p.tolist())
+        show = lambda p: '?' if p.is_meta else ', '.join(f'{v:.3g}' for v in p.tolist())
         return f'sigma=({show(self.sigma)}), mean=({show(self.mean)}), threshold={self.threshold:g}'
 
 # %% ../nbs/02_mask.ipynb #69d303e3

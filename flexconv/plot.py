@@ -86,7 +86,7 @@ def show_kernel_sizes(sizes,       # `kernel_sizes(model)`, or a list of them, o
     ax.set_ylabel(f'kernel size ({"samples" if len(history[0][names[0]]) == 1 else "pixels"})'); ax.set_ylim(bottom=0)
     return ax
 
-# %% ../nbs/13_plot.ipynb #3d8ffe48
+# %% ../nbs/13_plot.ipynb #46a226c5
 @torch.no_grad()
 def kernel_spectrum(layer,          # a CKConv or FlexConv
                     oversample=4,   # how much finer than its own grid
@@ -97,6 +97,7 @@ def kernel_spectrum(layer,          # a CKConv or FlexConv
     kernel = sample(layer.kernel_network, grid)*(sample(layer.mask, grid) if hasattr(layer, 'mask') else 1)
     energy = torch.fft.fftn(kernel, dim=tuple(range(1, layer.ndim+1))).abs().square().mean(0).cpu()
     freqs = torch.stack(torch.meshgrid(*(torch.fft.fftfreq(n, 2/(n-1)) for n in size), indexing='ij')).norm(dim=0)
+    if min(layer.kernel_size) < 2: raise ValueError(f'a spectrum needs a kernel_size of at least 2; got {layer.kernel_size}')
     edges = torch.arange(0, oversample*nyquist_frequency(layer.kernel_size), 0.5)
     which = torch.bucketize(freqs, edges, right=True)
     share = torch.bincount(which.flatten(), energy.flatten(), len(edges)+1)[1:]/energy.sum()

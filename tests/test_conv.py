@@ -90,6 +90,19 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance):
     assert ours.dtype == dtype and (ours.float() - want).abs().max() < tolerance*want.abs().max()
 
 
+def test_autocast_is_torchs():
+    x, w = torch.randn(1, 2, 9), torch.randn(3, 2, 5)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for method in ('direct', 'fft'):
+            assert conv_nd(x, w, method=method).dtype == F.conv1d(x, w).dtype == torch.bfloat16
+            assert conv_nd(x.double(), w.double(), method=method).dtype == F.conv1d(x.double(), w.double()).dtype == torch.float64
+
+
+def test_numbers_that_are_not_floating_point_are_refused():
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match='floating-point'): conv_nd(torch.ones(1, 2, 9, dtype=dtype), torch.ones(3, 2, 5, dtype=dtype))
+
+
 def test_gradcheck():
     for shape, kernel, kw in [((2, 2, 7), (3, 2, 4), {}), ((1, 4, 5, 6), (2, 2, 3, 5), dict(groups=2, stride=(1, 2))), ((1, 2, 4, 3, 4), (2, 2, 3, 3, 1), dict(padding=1))]:
         args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, kernel)]

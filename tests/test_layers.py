@@ -7,6 +7,7 @@ from flexconv.crop import crop_bounds, crop_size
 from flexconv.kernels import kernel_networks
 from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, test_conv_layer as check_layer
 from flexconv.mask import GaussianMask
+from flexconv.plot import kernel_frame
 
 INPUTS = {1: (2, 4, 19), 2: (2, 4, 11, 12), 3: (2, 4, 7, 6, 8)}
 LAYERS = {1: (CKConv1d, FlexConv1d), 2: (CKConv2d, FlexConv2d), 3: (CKConv3d, FlexConv3d)}
@@ -24,6 +25,22 @@ def test_contract(ndim, flex, options):
     torch.manual_seed(0)
     size = 5
     check_layer(make(LAYERS[ndim][flex], 4, 8, size, **options), torch.randn(INPUTS[ndim]))
+
+
+@pytest.mark.parametrize('options', [dict(padding='valid'), dict(padding=0), dict(padding=1), dict(padding=3), dict(padding=(1, 5)), dict(padding='same'), dict(padding=2, dilation=2),
+                                     dict(padding='valid', stride=2), dict(padding=4, padding_mode='circular'), dict(padding=4, padding_mode='reflect')], ids=str)
+@pytest.mark.parametrize('sigma', [(0.1, 0.2), (0.3, 0.5), (5., 5.)])
+def test_padding_is_that_of_the_whole_frame(sigma, options):
+    "Against torch with the kernel on its whole frame, zeros where it was cropped: independent of how the layer crops its padding."
+    torch.manual_seed(0)
+    layer, x = FlexConv2d(3, 4, (9, 7), sigma=sigma, **options), torch.randn(2, 3, 20, 17)
+    padding = options['padding']
+    torch_padding = {'valid': 0, 'same': (4, 3)}.get(padding, padding)
+    conv = nn.Conv2d(3, 4, (9, 7), layer.stride, torch_padding, layer.dilation, padding_mode=layer.padding_mode)
+    with torch.no_grad(): conv.weight.copy_(kernel_frame(layer)); conv.bias.copy_(layer.bias)
+    for method in ('direct', 'fft'):
+        layer.conv_method = method
+        torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('taps', [1, 2, 8, 19, 50])
@@ -137,7 +154,7 @@ WRONG = [(dict(in_channels=0), 'in_channels'), (dict(in_channels=2.5), 'in_chann
          (dict(stride=(1, 2, 3)), 'stride'), (dict(padding=-1), 'padding'), (dict(padding='sam'), 'padding'), (dict(dilation=0), 'dilation'), (dict(groups=3), 'groups'),
          (dict(groups=0), 'groups'), (dict(padding_mode='zero'), 'padding_mode'), (dict(kernel='magent'), 'kernel'), (dict(sigma=math.nan), 'sigma'),
          (dict(sigma=(0.1,)), 'sigma'), (dict(sigma='wide'), 'sigma'), (dict(threshold=0), 'threshold'), (dict(threshold=1.), 'threshold'), (dict(causal=True), 'causal'),
-         (dict(conv_method='fourier'), 'conv_method'), (dict(init='kaiming'), 'init'), (dict(kernel_options=dict(hidden=0)), 'hidden'),
+         (dict(conv_method='fourier'), 'conv_method'), (dict(init='kaiming'), 'init'), (dict(kernel_options=dict(hidden=0)), 'hidden'), (dict(kernel_options='hidden'), 'kernel_options'), (dict(kernel_options=dict(device='cpu')), 'kernel_options'),
          (dict(kernel_options=dict(input_scale=0)), 'input_scale')]
 
 
@@ -155,6 +172,21 @@ def test_a_start_at_one_pixel_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         FlexConv2d(2, 4, 33); FlexConv2d(2, 4, 1)
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'circular'])
+def test_padding_beyond_the_input_fails_at_once(mode):
+    "Not when the kernel has grown, but at the first call."
+    for sigma in (0.1, 2.):
+        with pytest.raises(ValueError, match='padding_mode'): FlexConv2d(2, 2, 33, padding_mode=mode, sigma=sigma)(torch.randn(1, 2, 12, 12))
+    FlexConv2d(2, 2, 33, padding_mode=mode)(torch.randn(1, 2, 17, 17))
+
+
+def test_kernel_networks_need_not_know_of_devices():
+    from flexconv.magnet import MAGNet
+    layer = FlexConv2d(2, 4, 9, sigma=0.4, kernel=lambda ndim, out: MAGNet(ndim, out), dtype=torch.float64)
+    assert layer(torch.randn(1, 2, 9, 9, dtype=torch.float64)).dtype == torch.float64
+    with pytest.raises(ValueError, match='kernel must give 8 values'): FlexConv2d(2, 4, 9, sigma=0.4, kernel=lambda ndim, out: MAGNet(ndim, out+1)).kernel()
 
 
 def test_input_is_checked():

@@ -118,11 +118,21 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize('command,words', [
     (['flexconv_train', '--model', 'flexnet33'], "Did you mean 'flexnet3'?"), (['flexconv_train', '--data', 'nowhere/at/all'], 'there is no folder'),
-    (['flexconv_train', '--bs', '0'], 'bs must be'), (['flexconv_train', '--seed', 'x'], 'seed'), (['flexconv_eval', 'nowhere'], 'no config.json'),
+    (['flexconv_train', '--bs', '0'], 'bs must be'), (['flexconv_train', '--epochs', '1', '--warmup_epochs', '5'], 'warmup_epochs'),
+    (['flexconv_train', '--model', 'flexnet7_conv3', '--aliasing', '1'], 'must contain'), (['flexconv_train', '--experiment', 'cifar10-flexnet8'], 'Did you mean'), (['flexconv_train', '--seed', 'x'], 'seed'), (['flexconv_eval', 'nowhere'], 'no config.json'),
     (['flexconv_train', '--resume', 'nowhere'], 'no config.json'), (['flexconv_eval'], 'run')], ids=lambda v: ' '.join(v) if isinstance(v, list) else v)
 def test_mistakes_at_the_command_line(command, words, tmp_path):
     err = run(*command, code=2, cwd=tmp_path).stderr
     assert words in err and 'Traceback' not in err and not list(tmp_path.iterdir())
+
+
+def test_a_run_stopped_in_its_first_epoch_starts_again(tmp_path):
+    run('flexconv_train', '--epochs', 1, '--width', 4, '--max_items', 128, '--out', tmp_path/'a')
+    for name in ('checkpoint.pt', 'metrics.csv', 'model.safetensors', 'kernels.png'): (tmp_path/'a'/name).unlink()
+    run('flexconv_train', '--resume', tmp_path/'a')
+    (tmp_path/'a/kernels.png').unlink()
+    assert '1 of 1 epochs are done' in run('flexconv_train', '--resume', tmp_path/'a').stdout          # complete: draws what is missing
+    assert (tmp_path/'a/kernels.png').exists()
 
 
 def test_foreign_files_are_named(tmp_path):
@@ -131,6 +141,8 @@ def test_foreign_files_are_named(tmp_path):
     assert 'model.safetensors does not hold the weights' in run('flexconv_eval', tmp_path/'a', code=2).stderr
     (tmp_path/'a/checkpoint.pt').write_bytes(b'nonsense')
     assert 'checkpoint.pt is not a readable checkpoint' in run('flexconv_train', '--resume', tmp_path/'a', code=2).stderr
+    (tmp_path/'a/config.json').write_text('[]')
+    assert 'is not the configuration of a run' in run('flexconv_eval', tmp_path/'a', code=2).stderr
     (tmp_path/'a/config.json').write_text('{')
     assert 'config.json is damaged' in run('flexconv_eval', tmp_path/'a', code=2).stderr
 
