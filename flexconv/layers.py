@@ -22,7 +22,7 @@ def _takes(kernel, argument):
     "Does the kernel network (a name or a callable) have a parameter of this name?"
     return argument in inspect.signature(kernel if callable(kernel) else kernel_networks[check_choice(kernel, kernel_networks, 'kernel')]).parameters
 
-# %% ../nbs/05_layers.ipynb #6bf1ff3b
+# %% ../nbs/05_layers.ipynb #20744b5a
 class CKConv(nn.Module):
     "Continuous kernel convolution (Romero et al., 2021): `(B, in_channels, *S)` to `(B, out_channels, *S)`. Base of the 1d, 2d and 3d classes."
     ndim = None    # number of axes; a subclass says
@@ -63,13 +63,15 @@ class CKConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
 
-    def make_kernel(self, kernel, options, kwargs):
-        "Create what the kernel is sampled from; `kwargs` (device and dtype) only where it takes them."
-        if not isinstance(options, (dict, type(None))) or set(options or ()) & set(kwargs):
-            raise ValueError(f'kernel_options must be a dict without device and dtype, which are arguments of the layer; got {options!r}')
-        taken = {k: v for k, v in kwargs.items() if _takes(kernel, k)}
-        net = create_kernel_network(kernel, self.ndim, self.out_channels*self.in_channels//self.groups, **(options or {}), **taken)
-        self.kernel_network = net.to(**{k: v for k, v in kwargs.items() if v is not None})
+# %% ../nbs/05_layers.ipynb #5057dfe4
+@patch
+def make_kernel(self:CKConv, kernel, options, kwargs):
+    "Create what the kernel is sampled from; `kwargs` (device and dtype) only where it takes them."
+    if not isinstance(options, (dict, type(None))) or set(options or ()) & set(kwargs):
+        raise ValueError(f'kernel_options must be a dict without device and dtype, which are arguments of the layer; got {options!r}')
+    taken = {k: v for k, v in kwargs.items() if _takes(kernel, k)}
+    net = create_kernel_network(kernel, self.ndim, self.out_channels*self.in_channels//self.groups, **(options or {}), **taken)
+    self.kernel_network = net.to(**{k: v for k, v in kwargs.items() if v is not None})
 
 # %% ../nbs/05_layers.ipynb #4c7824ff
 def at_least_float32(dtype):
