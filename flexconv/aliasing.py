@@ -29,12 +29,12 @@ def filter_frequency(f,                # a FourierFilter or GaborFilter
     width = stddevs*f.gamma.abs() if hasattr(f, 'gamma') else torch.zeros_like(wave)    # (H, 1 or D)
     return ((wave + width).max() if bound == 'unit' else wave.max() + width.max())/(2*math.pi)
 
-# %% ../nbs/06_aliasing.ipynb #9643af6b
+# %% ../nbs/06_aliasing.ipynb #ee91ceca
 def mask_frequency(layer,        # a FlexConv
                    stddevs=2.,   # standard deviations of the mask's spectrum that count
                   ):
     "Highest frequency of a layer's mask, in cycles per unit of position; a scalar tensor."
-    _, sigma = layer.mask.held(torch.tensor(spacing(layer.kernel_size)))
+    _, sigma = layer.mask.held(spacing(layer.grid_size))
     return (stddevs/(2*math.pi*sigma)).max()
 
 # %% ../nbs/06_aliasing.ipynb #1e6fc165

