@@ -25,7 +25,7 @@ setup(
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require=dict(dev=cfg['dev_requirements'].split()),
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'export')},
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']),
     zip_safe=False,
 )

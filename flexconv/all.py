@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #25598e42
+# %% ../nbs/15_all.ipynb #b33d4dcf
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -23,9 +23,10 @@ from .aliasing import *
 from .flexnet import *
 from .data import *
 from .learner import *
+from .resolution import *
 from .export import *
 from .plot import *
-from .cli import flexconv_eval, flexconv_train
+from .cli import flexconv_eval, flexconv_export, flexconv_train
 
 # %% ../nbs/15_all.ipynb #1493fba8
 __all__ = [name for name in globals() if not name.startswith('_')]

@@ -22,12 +22,12 @@ def _drawable(model):
     if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers of 1 or 2 dimensions; {type(model).__name__} has none')
     return layers
 
-# %% ../nbs/13_plot.ipynb #b2b63f78
+# %% ../nbs/13_plot.ipynb #de915a0e
 @torch.no_grad()
 def kernel_frame(layer):
     "The kernel of a layer on its whole frame, 0 outside the crop: `(out_channels, in_channels/groups, *kernel_size)`, on the CPU."
     kernel = layer.kernel().float().cpu()
-    frame = kernel.new_zeros(*kernel.shape[:2], *layer.kernel_size)
+    frame = kernel.new_zeros(*kernel.shape[:2], *layer.grid_size)
     crop(frame, layer.bounds()).copy_(kernel)
     return frame
 
@@ -86,19 +86,19 @@ def show_kernel_sizes(sizes,       # `kernel_sizes(model)`, or a list of them, o
     ax.set_ylabel(f'kernel size ({"samples" if len(history[0][names[0]]) == 1 else "pixels"})'); ax.set_ylim(bottom=0)
     return ax
 
-# %% ../nbs/13_plot.ipynb #46a226c5
+# %% ../nbs/13_plot.ipynb #22b98862
 @torch.no_grad()
 def kernel_spectrum(layer,          # a CKConv or FlexConv
                     oversample=4,   # how much finer than its own grid
                    ):
     "Energy of a layer's kernels over frequency: frequencies in cycles per unit of position, and share of the energy around each."
-    size = [oversample*(n-1) + 1 for n in layer.kernel_size]
+    size = [oversample*(n-1) + 1 for n in layer.grid_size]
     grid = position_grid(size, layer.ndim, device=layer.positions().device)
     kernel = sample(layer.kernel_network, grid)*(sample(layer.mask, grid) if hasattr(layer, 'mask') else 1)
     energy = torch.fft.fftn(kernel, dim=tuple(range(1, layer.ndim+1))).abs().square().mean(0).cpu()
     freqs = torch.stack(torch.meshgrid(*(torch.fft.fftfreq(n, 2/(n-1)) for n in size), indexing='ij')).norm(dim=0)
-    if min(layer.kernel_size) < 2: raise ValueError(f'a spectrum needs a kernel_size of at least 2; got {layer.kernel_size}')
-    edges = torch.arange(0, oversample*nyquist_frequency(layer.kernel_size), 0.5)
+    if min(layer.grid_size) < 2: raise ValueError(f'a spectrum needs a grid of at least 2 positions; got {layer.grid_size}')
+    edges = torch.arange(0, oversample*nyquist_frequency(layer.grid_size), 0.5)
     which = torch.bucketize(freqs, edges, right=True)
     share = torch.bincount(which.flatten(), energy.flatten(), len(edges)+1)[1:]/energy.sum()
     return edges + 0.25, share
