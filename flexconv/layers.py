@@ -172,24 +172,24 @@ def padding_in_use(self:CKConv, bounds):
     pairs = padding_pairs(padding, self.grid_size, self.dilation, self.causal)
     return tuple((before - d*start, after - d*(n-stop)) for (before, after), d, n, (start, stop) in zip(pairs, self.dilation, self.grid_size, bounds))
 
-# %% ../nbs/05_layers.ipynb #e657f86a
+# %% ../nbs/05_layers.ipynb #92140a63
 @patch
 def what_kernel_depends_on(self:CKConv):
-    "All that the sampled kernel depends on, as two lists: of values to compare with `==`, and of tensors to compare by their values."
+    "All that the sampled kernel depends on, as three lists: values to compare with `==`, tensors to compare by their values, and tensors to hold on to, so that no other gets their address."
     tensors = [t.detach() for t in (*self.kernel_network.parameters(), *self.kernel_network.buffers(), *getattr(self, 'mask', nn.Module()).parameters())]
     known = [self.grid_size, self.rate, self.causal, len(tensors)]
     for t in tensors: known += [t.device, t.dtype, t.shape, *(() if t.device.type == 'cpu' or t.is_inference() else (t.data_ptr(), t._version))]
-    return known, [t for t in tensors if t.device.type == 'cpu']
+    return known, [t for t in tensors if t.device.type == 'cpu'], [t for t in tensors if t.device.type != 'cpu']
 
 @patch
 def remember(self:CKConv):
     "`kernel_in_use` and a dict for its spectra, remembered from last time where nothing has changed."
-    known, tensors = self.what_kernel_depends_on()
+    known, tensors, held = self.what_kernel_depends_on()
     if self.remembered is not None:
-        old_known, old_tensors, *kept = self.remembered
+        old_known, old_tensors, _, *kept = self.remembered
         if known == old_known and all(torch.equal(a, b) for a, b in zip(tensors, old_tensors)): return kept
     kept = *self.kernel_in_use(), {}
-    self.remembered = (known, [t.clone() for t in tensors], *kept)
+    self.remembered = (known, [t.clone() for t in tensors], held, *kept)
     return kept
 
 # %% ../nbs/05_layers.ipynb #33648205
@@ -333,14 +333,14 @@ def refresh_sizes(model,       # a layer, or a network that contains some
         bounds = [crop_axis(n, a, s, mask_reach(m.mask.threshold), m.causal) for n, a, s in zip(m.grid_size, mean, sigma)]
         m.seen = tuple((max(a-margin, 0), min(b+margin, n)) for (a, b), n in zip(bounds, m.grid_size)), m.grid_size, m.mask_version()
 
-# %% ../nbs/05_layers.ipynb #dbc7b67c
+# %% ../nbs/05_layers.ipynb #17572605
 FlexConv.seen = None       # bounds with margin, and the grid and the version of the mask that they are from
 
 @patch
 def mask_version(self:FlexConv):
     "Where the mask's parameters lie, and how often they were changed."
     params = self.mask.sigma, self.mask.mean
-    if any(p.is_inference() for p in params): return None
+    if any(p.is_inference() or not isinstance(p, nn.Parameter) for p in params): return None      # borrowed for one call, as by torch.func
     return *(p.data_ptr() for p in params), sum(p._version for p in params)
 
 @patch

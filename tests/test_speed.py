@@ -354,3 +354,16 @@ def test_exports_run_elsewhere(name, shape, kw, tmp_path):
         x = torch.randn(batch, *shape[1:])
         want = net(x).detach()
         for got in (program(x).detach(), torch.from_numpy(session.run(None, dict(x=x.numpy()))[0]), bake(net)(x).detach()): assert relative_gap([got], [want]) < 1e-5
+
+
+def test_parameters_borrowed_for_one_call_are_seen(monkeypatch):
+    "torch.func.functional_call in eval mode, with what was remembered of other parameters, and on a 'GPU'."
+    torch.manual_seed(0)
+    layer, x = FlexConv2d(2, 2, 17, sigma=0.2).eval(), torch.randn(1, 2, 16, 16)
+    other = FlexConv2d(2, 2, 17, sigma=0.5).eval()
+    for lazy in (False, True):
+        if lazy: monkeypatch.setattr(layers, 'waits', lambda device: True)
+        with torch.no_grad():
+            layer(x)
+            assert torch.allclose(torch.func.functional_call(layer, other.state_dict(), (x,)), other(x), atol=1e-5)
+            assert torch.allclose(layer(x), layer.to_conv()(x), atol=1e-4)
