@@ -179,7 +179,7 @@ def bench_long(device='cpu', quick=False):
         def step(): layer(x).square().mean().backward()
         yield row('FlexConv1d 16-16', f'length {n}', 'train', run_seconds(step, 0.2), memory=peak_memory(step))
 
-# %% ../nbs/16_bench.ipynb #3387fab2
+# %% ../nbs/16_bench.ipynb #d834f0f9
 benchmarks = dict(layers=bench_layers, networks=bench_networks, memory=bench_memory, long=bench_long)
 
 def machine(device):
@@ -200,7 +200,7 @@ def flexconv_bench(
     device:str='cpu',         # cpu, or cuda
     threads:int=None,         # Number of threads (default: torch's)
 ):
-    "Measure FlexConv against its alternatives: prints a table and saves it. Ratios above 1 say how many times faster ours is. Nothing else should run on the machine. About 25 minutes on two cores; --quick, about three."
+    "Measure FlexConv against its alternatives: prints a table and saves it. Ratios above 1 say how many times faster ours is. Nothing else should run on the machine. About 25 minutes on two cores; with --quick, --what networks takes six."
     check_choice(what, ('all', *benchmarks), 'what')
     if device != 'cpu' and not torch.cuda.is_available(): raise ValueError(f'device {device!r} is not available')
     if threads: torch.set_num_threads(threads)

@@ -172,12 +172,12 @@ def padding_in_use(self:CKConv, bounds):
     pairs = padding_pairs(padding, self.grid_size, self.dilation, self.causal)
     return tuple((before - d*start, after - d*(n-stop)) for (before, after), d, n, (start, stop) in zip(pairs, self.dilation, self.grid_size, bounds))
 
-# %% ../nbs/05_layers.ipynb #92140a63
+# %% ../nbs/05_layers.ipynb #cb993620
 @patch
 def what_kernel_depends_on(self:CKConv):
     "All that the sampled kernel depends on, as three lists: values to compare with `==`, tensors to compare by their values, and tensors to hold on to, so that no other gets their address."
     tensors = [t.detach() for t in (*self.kernel_network.parameters(), *self.kernel_network.buffers(), *getattr(self, 'mask', nn.Module()).parameters())]
-    known = [self.grid_size, self.rate, self.causal, len(tensors)]
+    known = [self.grid_size, self.rate, self.causal, getattr(getattr(self, 'mask', None), 'threshold', None), len(tensors)]
     for t in tensors: known += [t.device, t.dtype, t.shape, *(() if t.device.type == 'cpu' or t.is_inference() else (t.data_ptr(), t._version))]
     return known, [t for t in tensors if t.device.type == 'cpu'], [t for t in tensors if t.device.type != 'cpu']
 

@@ -8,8 +8,8 @@ __all__ = ['set_resolution', 'dls_at', 'image_size', 'move_to', 'resolution_tabl
 # %% ../nbs/11_resolution.ipynb #42ac3df5
 from fastcore.basics import patch
 
-# %% ../nbs/11_resolution.ipynb #b1a216ab
-from .data import TensorSequence, ToFloat    # first: it keeps fastai's import quiet
+# %% ../nbs/11_resolution.ipynb #93643e2d
+from .data import ToFloat, ToSequence    # first: it keeps fastai's import quiet
 from fastai.learner import Learner
 
 # %% ../nbs/11_resolution.ipynb #42067994
@@ -28,7 +28,7 @@ def set_resolution(model,    # a layer, or a network that contains some
     for m in layers: m.scale = scale
     return model
 
-# %% ../nbs/11_resolution.ipynb #f28d569e
+# %% ../nbs/11_resolution.ipynb #8062a797
 def dls_at(dls,     # fastai `DataLoaders` of `get_dls`, of images in memory
            size,    # height and width, in pixels
           ):
@@ -36,7 +36,7 @@ def dls_at(dls,     # fastai `DataLoaders` of `get_dls`, of images in memory
     size, = per_axis(size, 1, 'size', minimum=2)
     def at(dl):
         tfms = [_resized(t, size) for t in dl.after_batch.fs]
-        if not any(isinstance(t, ToFloat) for t in tfms) or isinstance(dl.one_batch()[0], TensorSequence):
+        if not any(isinstance(t, ToFloat) for t in tfms) or any(isinstance(t, ToSequence) for t in tfms):
             raise ValueError('dls must be of images, made by get_dls from a data set by name')
         return dl.new(after_batch=tfms)
     new = type(dls)(*map(at, dls.loaders), device=dls.device)

@@ -177,11 +177,13 @@ def official_flexnet3(g):
 def mask_params(layer): return torch.stack([layer.mask.mean, layer.mask.sigma], 1)
 
 
-def test_flexnet3(golden, close):
-    "Logits, gradients and five steps of Adam. Rounding grows from step to step, so later numbers get more room."
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_flexnet3(golden, close, dtype):
+    "Logits, gradients and five steps of Adam. Rounding grows from step to step, so later numbers get more room, and the last are those of a run in float64, from which theirs are as far as rounding takes them."
     g = golden('network_flexnet3')
     net, rename = official_flexnet3(g)
-    x, y = g['x'], g['y'].long()
+    x, y = g['x'].to(dtype), g['y'].long()
+    net.to(dtype)
     with torch.no_grad(): close(net.eval()(x), g['logits_eval_init'], FLOAT32, 'logits in eval')
     layers = [m for m in net.modules() if isinstance(m, FlexConv2d)]
     masks = [p for m in layers for p in m.mask.parameters()]
@@ -198,7 +200,8 @@ def test_flexnet3(golden, close):
         opt.step()
         ours = torch.stack([mask_params(m) for m in layers])
         assert (ours - g['mask_params_after_step'][step]).abs().max() < 3e-4*(step+1)
-    with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.08, 'logits after training')    # 3% from a run in float64, as theirs; ours in float32: 1 to 4%
+    if dtype == torch.float64:
+        with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.05, 'logits after training')
 
 
 def check_first_gradients(net, layers, g, rename, close):

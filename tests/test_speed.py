@@ -367,3 +367,29 @@ def test_parameters_borrowed_for_one_call_are_seen(monkeypatch):
             layer(x)
             assert torch.allclose(torch.func.functional_call(layer, other.state_dict(), (x,)), other(x), atol=1e-5)
             assert torch.allclose(layer(x), layer.to_conv()(x), atol=1e-4)
+
+
+def test_what_is_remembered_stays_small(monkeypatch):
+    "One spectrum, of one resolution, and none of a kernel so large that it must not exist at once."
+    layer = FlexConv2d(2, 2, 17, sigma=0.5, conv_method='lowrank').eval()
+    with torch.no_grad():
+        for size in (9, 16, 40): layer(torch.randn(1, 2, size, size))
+        assert len(layer.remembered[-1]) == 1
+        from flexconv import conv
+        monkeypatch.setattr(conv, 'largest_remembered', 10)
+        x = torch.randn(1, 2, 30, 30)
+        y = layer(x)
+        assert torch.allclose(y, layer.to_conv()(x), atol=1e-5)
+        assert all(key[0] == (48, 48) for key in layer.remembered[-1])      # still that of 40 pixels
+
+
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'direct'])
+def test_autocast_leaves_nothing_behind(method):
+    "A kernel rounded for autocast is not used again without it."
+    layer, x = FlexConv2d(2, 2, 17, sigma=0.5, conv_method=method).eval(), torch.randn(1, 2, 16, 16)
+    want = layer(x).detach()
+    with torch.no_grad():
+        with torch.autocast('cpu', dtype=torch.bfloat16): layer(x)
+        assert torch.allclose(layer(x), want, atol=1e-6*want.abs().max().item())
+        layer.mask.threshold = 0.5
+        assert not torch.allclose(layer(x), want, atol=1e-3*want.abs().max().item())
