@@ -11,3 +11,4 @@ from .conv import conv_nd
 from .layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
 from .aliasing import aliasing_loss, highest_frequency, nyquist_frequency
 from .flexnet import FlexNet, create_model, kernel_sizes, list_models
+from . import baselines      # registers its models

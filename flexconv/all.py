@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #b33d4dcf
+# %% ../nbs/15_all.ipynb #6aaf2965
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -21,6 +21,7 @@ from .conv import *
 from .layers import *
 from .aliasing import *
 from .flexnet import *
+from .baselines import *
 from .data import *
 from .learner import *
 from .resolution import *

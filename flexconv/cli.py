@@ -7,11 +7,12 @@ __all__ = ['base_config', 'sequence_sets', 'user_errors', 'paper_experiments', '
            'read_config', 'make_learner', 'describe', 'draw', 'plain_log', 'train', 'say_table', 'train_at_target',
            'flexconv_train', 'load_weights', 'parse_sizes', 'flexconv_eval', 'flexconv_export', 'say_gap']
 
-# %% ../nbs/14_cli.ipynb #0b07982e
+# %% ../nbs/14_cli.ipynb #3192d22e
 import functools, io, json, platform, sys, time, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 # %% ../nbs/14_cli.ipynb #0013a377
@@ -55,14 +56,18 @@ base_config = dict(data='digits', model=None, epochs=350, bs=64, lr=0.01, warmup
                    input_scale=None, scale=1., target=None, target_epochs=None, test_sizes=None)
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
-# %% ../nbs/14_cli.ipynb #19146968
+# %% ../nbs/14_cli.ipynb #f6b12eea
 def paper_experiments():
-    "The paper's settings by name, `data-model`: those of images as published, those of sequences ours (the authors published none)."
+    "The paper's settings by name, `data-model`: those of images as published, those of sequences ours (the authors published none). `small-model`: CIFAR-10 at 16 pixels, 5,000 images, 10 epochs, a third of the width, for a CPU."
     out = dict(digits=dict(epochs=30, model='flexnet3'), sdigits=dict(data='sdigits', epochs=40, model='flextcn2', sigma=0.6, kernel_norm=1e-4))
-    for data in 'mnist', 'cifar10':
-        for model in list_models('flexnet*') + list_models('ckcnn*'): out[f'{data}-{model}'] = dict(data=data, model=model, lr=0.001 if 'siren' in model else 0.01)
-    for data in sequence_sets[1:]:
-        for model in list_models('*tcn*'): out[f'{data}-{model}'] = dict(data=data, model=model, epochs=200, lr=0.001 if model in ('cktcn', 'cktcn_big') else 0.01, kernel_norm=1e-4)
+    sequence_models = list_models('*tcn*')
+    for model in set(list_models()) - set(sequence_models):
+        lr = 0.001 if 'siren' in model or 'resnet' in model else 0.01
+        for data in 'mnist', 'cifar10': out[f'{data}-{model}'] = dict(data=data, model=model, lr=lr)
+        out[f'small-{model}'] = dict(data='cifar10', size=16, max_items=5000, epochs=10, width=19 if 'njet' in model else 8 if 'resnet' in model else 12, model=model, lr=lr)
+    for data, model in product(sequence_sets[1:], sequence_models):
+        settings = dict(kernel_norm=0., lr=0.002) if model == 'tcn' else dict(kernel_norm=1e-4, lr=0.001 if model in ('cktcn', 'cktcn_big') else 0.01)
+        out[f'{data}-{model}'] = dict(data=data, model=model, epochs=200) | settings
     return out | resolution_experiments()
 
 # %% ../nbs/14_cli.ipynb #6bb341b3
@@ -210,7 +215,7 @@ def train_at_target(learn, cfg, folder, resume):
     folder.mkdir(exist_ok=True)
     train(learn, sub, folder, resume and (folder/'config.json').exists())
 
-# %% ../nbs/14_cli.ipynb #dc411e11
+# %% ../nbs/14_cli.ipynb #ac8c322d
 @call_parse
 @user_errors
 def flexconv_train(
@@ -232,7 +237,7 @@ def flexconv_train(
     width:int=None,               # Base width of the network (default: the paper's)
     dropout:float=None,           # Dropout (default: the paper's)
     kernel_size:int=None,         # Largest kernel size (default: image size + 1, or length of the sequences)
-    sigma:float=None,             # Initial width of the masks (default: the paper's 0.075, wider on small images)
+    sigma:float=None,             # Initial width of the masks (default: the paper's 0.075, wider on small images); of N-Jet layers, in pixels (default: 1)
     input_scale:float=None,       # Scale of the initial frequencies of the kernels (default: the paper's 25.6)
     kernel:str=None,              # Kernel network: magnet, gabor, fourier, siren, mlp (default: the model's)
     conv_method:str=None,         # auto, direct, fft, lowrank or autotune (default: auto)

@@ -58,7 +58,7 @@ class MaskAdam(OptimWrapper):
         if isinstance(v, np.ndarray): v = v.tolist()             # Python numbers, which a checkpoint may hold
         super().set_hyper(k, v)
 
-# %% ../nbs/10_learner.ipynb #1691ddd9
+# %% ../nbs/10_learner.ipynb #9273fc6e
 def initial_sigma(kernel_size,    # positions on [-1, 1]
                  ):
     "The paper's initial width, 0.075, or for a kernel of few positions the one that starts it at 5 pixels."
@@ -73,7 +73,7 @@ def model_for(dls,          # fastai `DataLoaders` of images or sequences
     if name.startswith(('flextcn', 'cktcn')): kwargs.setdefault('kernel_size', x.shape[2])
     elif name.startswith(('flexnet', 'ckcnn')) and 'conv' not in name:
         kwargs.setdefault('kernel_size', max(x.shape[2:])//2*2 + 1)
-        if name.startswith('flexnet'): kwargs.setdefault('sigma', initial_sigma(kwargs['kernel_size']))
+        if name.startswith('flexnet') and 'njet' not in name: kwargs.setdefault('sigma', initial_sigma(kwargs['kernel_size']))
     return create_model(name, x.shape[1], len(dls.vocab), **kwargs)
 
 # %% ../nbs/10_learner.ipynb #86e1d2d2
