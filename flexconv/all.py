@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #6aaf2965
+# %% ../nbs/15_all.ipynb #af6d95db
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -24,6 +24,7 @@ from .flexnet import *
 from .baselines import *
 from .data import *
 from .learner import *
+from .distributed import *
 from .resolution import *
 from .export import *
 from .plot import *

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from .kernels import at_least_float32, check_choice, per_axis
 
-# %% ../nbs/04_conv.ipynb #1e263338
+# %% ../nbs/04_conv.ipynb #fc24872d
 class LowRankKernel:
     "A kernel in two factors, `mix` `(out_channels, in_channels/groups, R)` and `basis` `(R, *N)`: what `conv_nd` takes instead of a weight."
-    def __init__(self, mix, basis): self.mix, self.basis = mix, basis
+    def __init__(self, mix, basis):
+        if mix.ndim != 3 or mix.shape[2] != basis.shape[0]: raise ValueError(f'mix must have shape (out_channels, in_channels/groups, R) and basis (R, *N); got {tuple(mix.shape)} and {tuple(basis.shape)}')
+        self.mix, self.basis = mix, basis
     shape = property(lambda self: torch.Size((*self.mix.shape[:2], *self.basis.shape[1:])))
     ndim = property(lambda self: len(self.shape))
     dtype = property(lambda self: self.mix.dtype)

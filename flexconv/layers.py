@@ -201,7 +201,7 @@ def train(self:CKConv, mode=True):
 @patch
 def __getstate__(self:CKConv): return self.__dict__ | dict(remembered=None)       # for pickle and deepcopy
 
-# %% ../nbs/05_layers.ipynb #2733c9ad
+# %% ../nbs/05_layers.ipynb #4ac1020a
 def tracing():
     "Is the code being turned into a program, by torch.compile, torch.export, torch.jit or a CUDA graph, that must not depend on values?"
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -211,6 +211,7 @@ def forward(self:CKConv,
             x,       # (B, in_channels, *S), or (in_channels, *S)
            ):
     "Convolve: `(B, out_channels, *out)`."
+    if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
     whole = self.padding_in_use(tuple((0, n) for n in self.grid_size))
     check_reach(self.padding_mode, whole, x.shape[-self.ndim:])        # for the size it may grow to: not an hour into training
     keep = not (self.training or torch.is_grad_enabled() or tracing())

@@ -4,33 +4,37 @@
 
 # %% auto #0
 __all__ = ['split_masks', 'MaskAdam', 'initial_sigma', 'model_for', 'KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm',
-           'KernelNorm', 'flex_learner', 'cosine_schedule', 'write_atomically', 'size_text', 'write_csv', 'read_csv',
-           'random_state', 'set_random_state', 'save_checkpoint', 'load_checkpoint', 'RunRecorder']
+           'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'flex_learner', 'cosine_schedule',
+           'write_atomically', 'size_text', 'write_csv', 'read_csv', 'train_dl', 'random_state', 'set_random_state',
+           'of_all_processes', 'previous', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'save_weights',
+           'checksum', 'load_weights', 'RunRecorder']
 
-# %% ../nbs/10_learner.ipynb #9b218923
-import csv, inspect, io, os, random, time
+# %% ../nbs/10_learner.ipynb #78b4786f
+import csv, hashlib, inspect, io, os, random, time, warnings, zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/10_learner.ipynb #5e82290d
+# %% ../nbs/10_learner.ipynb #c8d7e662
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import safetensors, safetensors.torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-# %% ../nbs/10_learner.ipynb #a4a7889e
+# %% ../nbs/10_learner.ipynb #40156531
 import flexconv.data    # first: it keeps fastai's import quiet
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import get_model, num_distrib, rank_distrib, to_detach
 
-# %% ../nbs/10_learner.ipynb #f9f95c0c
+# %% ../nbs/10_learner.ipynb #2be267d8
 from .kernels import check_number, per_axis
-from .mask import GaussianMask
-from .layers import refresh_sizes
+from .mask import GaussianMask, mask_reach
+from .layers import CKConv, refresh_sizes, waits
 from .aliasing import aliasing_loss
 from .flexnet import conv_layers, create_model, kernel_sizes, list_models
 
@@ -121,7 +125,64 @@ class KernelNorm(Callback):
     def before_fit(self): kernel_norm(self.model, self.factor)                          # a ValueError where there is nothing to penalise
     def after_loss(self): self.learn.loss_grad = self.loss_grad + kernel_norm(self.model, self.factor)
 
-# %% ../nbs/10_learner.ipynb #fb368348
+# %% ../nbs/10_learner.ipynb #a5cb9515
+class NonFiniteLoss(ArithmeticError):
+    "Training was stopped because the loss is infinite or not a number."
+
+class StopNonFinite(Callback):
+    "Raises `NonFiniteLoss`, which names epoch, step and cause, when the loss that is differentiated is not finite."
+    order, run_valid = 60, False          # after the callbacks that add to the loss
+    def __init__(self,
+                 every=10):    # steps from one look to the next, where looking means waiting for a GPU
+        self.every, = per_axis(every, 1, 'every')
+    def before_fit(self): self.bad = torch.zeros((), dtype=torch.bool, device=next(self.model.parameters()).device)
+    def after_loss(self):
+        self.bad = self.bad | ~torch.isfinite(self.loss_grad.detach()).all()
+        if waits(self.bad.device) and self.iter % self.every and self.iter < self.n_iter-1: return
+        if not self.bad: return
+        within = f' or one of the {self.every-1} before' if waits(self.bad.device) else ''
+        raise NonFiniteLoss(f'the loss became {self.loss_grad.item()} in epoch {self.epoch}, step {self.iter} of {self.n_iter}{within}: {self.cause()}. '
+                            'Nothing of this epoch was saved. A lower learning rate, or a longer warm-up, is the usual cure')
+
+    def after_train(self):
+        names = [name for name, p in get_model(self.model).named_parameters() if not p.isfinite().all()]         # the last step may have had a gradient that is not
+        if names: raise NonFiniteLoss(f'parameter {names[0]} has values that are not finite at the end of epoch {self.epoch}. Nothing of this epoch was saved')
+
+    @torch.no_grad()
+    def cause(self):
+        "Where the first infinite value or NaN is."
+        if not all(x.isfinite().all() for x in self.xb): return 'the input of this batch has values that are not finite'
+        for name, p in get_model(self.model).named_parameters():
+            if not p.isfinite().all(): return f'parameter {name} has values that are not finite'
+        found = []
+        def look(name, m): return m.register_forward_hook(lambda m, x, y: found.append((name, m)) if isinstance(y, torch.Tensor) and not y.isfinite().all() else None)
+        hooks = [look(name, m) for name, m in get_model(self.model).named_modules() if not list(m.children()) or isinstance(m, CKConv)]
+        try: get_model(self.model)(*self.xb)
+        finally:
+            for h in hooks: h.remove()
+        if found: return f'the output of {found[0][0] or "the model"} ({type(found[0][1]).__name__}) is the first that is not finite'
+        return 'the outputs of all layers are finite, the loss or what a callback added to it is not'
+
+# %% ../nbs/10_learner.ipynb #51b07685
+class WatchMasks(Callback):
+    "Warns once for each layer whose kernel has shrunk to one pixel, or whose mask has left the frame, at the end of an epoch."
+    run_valid = False
+    def before_fit(self): self.warned = set()
+    def after_epoch(self):
+        for name, m in conv_layers(get_model(self.model)).items():
+            if name in self.warned or not hasattr(m, 'mask'): continue
+            what = 'has shrunk to one pixel' if all(s == 1 < n for s, n in zip(m.size, m.grid_size)) else 'has left the frame' if self.outside(m) else None
+            if what is None: continue
+            self.warned.add(name)
+            warnings.warn(f'the mask of {name} {what} (sigma {m.mask.sigma.tolist()}, mean {m.mask.mean.tolist()}) in epoch {self.epoch}; it still learns, and may come back', RuntimeWarning, stacklevel=2)
+
+    @staticmethod
+    def outside(layer):
+        "Does the mask reach its threshold nowhere in the frame on some axis?"
+        mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
+        return (mean > 1 + mask_reach(layer.mask.threshold)*sigma).any().item()
+
+# %% ../nbs/10_learner.ipynb #ae2f160d
 def flex_learner(dls,                 # fastai `DataLoaders`
                  model='flexnet3',    # a model, or the name of one
                  loss_func=None,      # by default that of the data
@@ -131,12 +192,12 @@ def flex_learner(dls,                 # fastai `DataLoaders`
                  cbs=None,            # further callbacks
                  opt_func=None,       # by default `MaskAdam`
                  **kwargs):           # further arguments of `Learner`
-    "A fastai `Learner` with masks at a tenth of the learning rate, kernel sizes on record, and none of them asked for more often than needed."
+    "A fastai `Learner` with masks at a tenth of the learning rate, kernel sizes on record and none of them asked for more often than needed, stopped by a loss that is not finite."
     if isinstance(model, str): model = model_for(dls, model)
     if opt_func is not None and mask_lr is not None: raise ValueError('mask_lr is an argument of MaskAdam; with an opt_func of your own, give it the rates of both parameter groups')
     opt_func = opt_func or partial(MaskAdam, mask_lr=0.1 if mask_lr is None else mask_lr)
     return Learner(dls, model, loss_func, opt_func, check_number(lr, 'lr', 0), splitter=split_masks, metrics=metrics,
-                   cbs=L(KernelSizes(), RefreshSizes()) + L(cbs), **kwargs)
+                   cbs=L(KernelSizes(), RefreshSizes(), StopNonFinite(), WatchMasks()) + L(cbs), **kwargs)
 
 # %% ../nbs/10_learner.ipynb #f0c3a1c1
 def cosine_schedule(lr,             # highest learning rate: a number, or an array with one per group
@@ -174,16 +235,23 @@ def _fit_from(learn, start_epoch):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
-# %% ../nbs/10_learner.ipynb #43668c28
+# %% ../nbs/10_learner.ipynb #a4a09b93
 def write_atomically(path,      # where the file shall be
-                     write,     # function of a path that writes it
+                     data,      # its bytes, or a str
                     ):
-    "Write a file aside and rename it, so that `path` is always whole."
-    part = Path(path).with_name(Path(path).name + '.part')
-    write(part)
-    os.replace(part, path)
+    "Write a file aside, to the disk, and rename it: `path` is always whole, whatever happens. An OSError says that it is what it was."
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    try:
+        with open(part, 'wb') as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with suppress(OSError): part.unlink(missing_ok=True)
+        raise type(e)(f'{path} could not be written and is as it was: {e.strerror}') from None       # one argument: fastai's callbacks keep only the first
 
-# %% ../nbs/10_learner.ipynb #7217f317
+# %% ../nbs/10_learner.ipynb #2d5ce894
 def size_text(size):
     "A kernel size as text: 5x7."
     return 'x'.join(map(str, size))
@@ -193,50 +261,106 @@ def write_csv(path, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
     writer.writeheader(); writer.writerows(rows)
-    write_atomically(path, lambda p: p.write_text(text.getvalue()))
+    write_atomically(path, text.getvalue())
 
 def read_csv(path):
     "The rows of a csv file as dicts of strings."
     with open(path, newline='') as f: return list(csv.DictReader(f))
 
-# %% ../nbs/10_learner.ipynb #617bf187
+# %% ../nbs/10_learner.ipynb #0e9c9c7d
+def train_dl(learn):
+    "The `DataLoader` of the training set that draws random numbers: the one inside, where a `DistributedDL` is around it."
+    return getattr(learn.dls.train, 'dl', learn.dls.train)
+
 def random_state(learn):
     "State of all random number generators that training uses, of types that `torch.load(weights_only=True)` accepts."
     kind, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate(), data=learn.dls.train.rng.getstate())
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate(), data=train_dl(learn).rng.getstate())
 
 def set_random_state(learn, state):
     "Restore `random_state`."
     torch.set_rng_state(state['torch'])
-    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
     kind, keys, *rest = state['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state['python']); learn.dls.train.rng.setstate(state['data'])
+    random.setstate(state['python']); train_dl(learn).rng.setstate(state['data'])
 
-# %% ../nbs/10_learner.ipynb #cb265231
-def save_checkpoint(learn, path, epoch):
-    "Everything needed to go on after `epoch` epochs."
-    state = dict(epoch=epoch, model=learn.model.state_dict(), opt=learn.opt.state_dict(), random=random_state(learn))
-    write_atomically(path, lambda p: torch.save(state, p))
+def of_all_processes(thing):
+    "A list of what each of the processes that train together calls this with."
+    if num_distrib() <= 1: return [thing]
+    things = [None]*num_distrib()
+    torch.distributed.all_gather_object(things, thing)
+    return things
 
+# %% ../nbs/10_learner.ipynb #88010a35
+def previous(path):
+    "Where the checkpoint before the one at `path` is kept."
+    return Path(path).with_name(f'previous-{Path(path).name}')
+
+def save_checkpoint(learn, path, epoch,
+                    rows=()):     # what was recorded so far, a list of dicts
+    "Everything needed to go on after `epoch` epochs. The checkpoint that was there becomes the `previous` one."
+    states, file = of_all_processes(random_state(learn)), io.BytesIO()
+    if rank_distrib(): return
+    torch.save(dict(epoch=epoch, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), random=states, rows=list(rows)), file)
+    part = Path(path).with_name(Path(path).name + '.new')
+    write_atomically(part, file.getvalue())
+    if Path(path).exists(): os.replace(path, previous(path))
+    os.replace(part, path)
+
+def read_checkpoint(path):
+    "What `save_checkpoint` saved, checked; a ValueError that names a file which is damaged or something else."
+    try:
+        with zipfile.ZipFile(path) as z: bad = z.testzip()
+        if bad: raise ValueError(f'{bad} inside it does not match its checksum')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise
+    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}: {e})') from None
+    if not isinstance(state, dict) or set(state) != {'epoch', 'model', 'opt', 'random', 'rows'}: raise ValueError(f'{path} is not a checkpoint of flexconv')
+    return state
+
+# %% ../nbs/10_learner.ipynb #0ae35cdb
 def load_checkpoint(learn,     # a `Learner` made as the one that was saved
                     path,      # a file of `save_checkpoint`
                    ):
-    "Restore a checkpoint and return the number of epochs done: `fit_cosine(..., start_epoch=...)` goes on. A bad file gives a ValueError that names it."
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}: {e})') from None
-    if not isinstance(state, dict) or set(state) != {'epoch', 'model', 'opt', 'random'}: raise ValueError(f'{path} is not a checkpoint of flexconv')
+    "Restore a checkpoint, or where it is damaged, with a warning that names it, the previous one. Returns the number of epochs done, for `fit_cosine(..., start_epoch=...)`, and the rows recorded in them."
+    try: state = read_checkpoint(path)
+    except (ValueError, FileNotFoundError) as e:
+        if not previous(path).exists(): raise
+        state = read_checkpoint(previous(path))
+        warnings.warn(f'{e}; going on from {previous(path)}, after {state["epoch"]} epochs', RuntimeWarning, stacklevel=2)
     try: learn.model.load_state_dict(state['model'])
     except RuntimeError as e: raise ValueError(f'{path} belongs to another model: {e}') from None
     learn.create_opt(); learn.opt.load_state_dict(state['opt'])
-    set_random_state(learn, state['random'])
-    return state['epoch']
+    if rank_distrib() < len(state['random']): set_random_state(learn, state['random'][rank_distrib()])
+    return state['epoch'], state['rows']
 
-# %% ../nbs/10_learner.ipynb #7593c53f
+# %% ../nbs/10_learner.ipynb #79268728
+def save_weights(model, path):
+    "A model's weights as safetensors, with a checksum."
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in get_model(model).state_dict().items()}       # a clone: tensors that share memory are refused
+    write_atomically(path, safetensors.torch.save(weights, dict(sha256=checksum(weights))))
+
+def checksum(weights):
+    "SHA-256 of named tensors."
+    digest = hashlib.sha256()
+    for name in sorted(weights): digest.update(name.encode()); digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def load_weights(model, path):
+    "Weights of `save_weights` (or any safetensors) into a model; a ValueError that names the file where it is damaged or does not fit."
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f'{path} does not exist: has the run finished an epoch?')
+    try:
+        with safetensors.safe_open(path, 'pt') as f: weights, known = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('sha256')
+        if known and known != checksum(weights): raise ValueError('damaged: it does not match its checksum')
+        model.load_state_dict(weights)
+    except Exception as e: raise ValueError(f'{path} does not hold the weights of this model ({e})') from None
+
+# %% ../nbs/10_learner.ipynb #dc7e40b0
 class RunRecorder(Callback):
-    "Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch."
+    "Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch; where several processes train together, the first does."
     order = 56          # after the Recorder and KernelSizes
     def __init__(self,
                  folder,        # an existing folder
@@ -249,11 +373,11 @@ class RunRecorder(Callback):
 
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
-        values['train_loss'] = torch.stack(self.losses).mean().item()       # of this epoch alone; fastai's is smoothed over epochs, and would forget on resuming
+        values['train_loss'] = to_detach(torch.stack(self.losses).mean()).item()       # of this epoch alone; fastai's is smoothed over epochs, and would forget on resuming
         row = dict(epoch=self.epoch, **{k: f'{v:.6f}' for k, v in values.items() if isinstance(v, float)},
                    lr=f'{self.opt.hypers[-1]["lr"]:.3e}', seconds=f'{time.perf_counter() - self.start:.2f}')
-        self.rows.append(row | {f'size/{n}': size_text(s) for n, s in kernel_sizes(self.model).items()})
-        write_csv(self.folder/'metrics.csv', self.rows)
-        weights = {k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}
-        write_atomically(self.folder/'model.safetensors', lambda p: save_file(weights, p))
-        save_checkpoint(self.learn, self.folder/'checkpoint.pt', self.epoch+1)
+        self.rows.append(row | {f'size/{n}': size_text(s) for n, s in kernel_sizes(get_model(self.model)).items()})
+        if not rank_distrib():
+            write_csv(self.folder/'metrics.csv', self.rows)
+            save_weights(self.model, self.folder/'model.safetensors')
+        save_checkpoint(self.learn, self.folder/'checkpoint.pt', self.epoch+1, self.rows)

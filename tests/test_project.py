@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = 'kernels magnet mask crop conv layers aliasing flexnet baselines data learner resolution export plot cli bench'.split()
+MODULES = 'kernels magnet mask crop conv layers aliasing flexnet baselines data learner distributed resolution export plot cli bench results'.split()
 
 
 def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
@@ -22,7 +22,7 @@ def test_import_is_light():
 
 def test_all_gives_everything():
     names = set(python('from flexconv.all import *; print(*globals())').split())
-    for module in MODULES[:-1]:          # bench comes after all
+    for module in MODULES[:-2]:          # bench and results come after all
         public = set(import_module(f'flexconv.{module}').__all__) if module != 'cli' else {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
     assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
