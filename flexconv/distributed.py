@@ -6,11 +6,11 @@
 __all__ = ['shares', 'ShardedDL', 'sync_batch_norm', 'unsync_batch_norm', 'SameTrainer', 'all_processes', 'use_this_device',
            'from_first']
 
-# %% ../nbs/10a_distributed.ipynb #41007242
+# %% ../nbs/10a_distributed.ipynb #912f503c
 import copy
 from contextlib import contextmanager
-from importlib.util import find_spec
 import torch
+from accelerate import PartialState
 from torch import nn
 
 # %% ../nbs/10a_distributed.ipynb #c6fa77cb
@@ -95,7 +95,7 @@ def unsync_batch_norm(model):
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.__dict__.pop('forward', None)
 
-# %% ../nbs/10a_distributed.ipynb #a9f9a7b1
+# %% ../nbs/10a_distributed.ipynb #966a985a
 class SameTrainer(DistributedTrainer):
     "fastai's `DistributedTrainer` with the batches, and the batch statistics, of a single process. Every process validates on the whole validation set, so that metrics are exact."
     def before_fit(self):
@@ -126,10 +126,8 @@ def all_processes(learn,    # a fastai `Learner`, made alike in every process
     finally: learn.remove_cb(trainer).add_cbs(cbs)
 
 def use_this_device(device=None):      # 'cpu', or None for a GPU where there is one
-    "In each of several processes, once and first: connect to the others, and choose a GPU. Raises ImportError without accelerate."
+    "In each of several processes, once and first: connect to the others, and choose a GPU."
     if num_distrib() <= 1: return
-    if find_spec('accelerate') is None: raise ImportError('training with several processes needs accelerate: pip install accelerate')
-    from accelerate import PartialState                            # here, because only several processes need it
     PartialState(cpu=str(device) == 'cpu' or not torch.accelerator.is_available())
 
 def from_first(make):    # function without arguments

@@ -125,7 +125,7 @@ class KernelNorm(Callback):
     def before_fit(self): kernel_norm(self.model, self.factor)                          # a ValueError where there is nothing to penalise
     def after_loss(self): self.learn.loss_grad = self.loss_grad + kernel_norm(self.model, self.factor)
 
-# %% ../nbs/10_learner.ipynb #a5cb9515
+# %% ../nbs/10_learner.ipynb #a5917270
 class NonFiniteLoss(ArithmeticError):
     "Training was stopped because the loss is infinite or not a number."
 
@@ -135,7 +135,9 @@ class StopNonFinite(Callback):
     def __init__(self,
                  every=10):    # steps from one look to the next, where looking means waiting for a GPU
         self.every, = per_axis(every, 1, 'every')
-    def before_fit(self): self.bad = torch.zeros((), dtype=torch.bool, device=next(self.model.parameters()).device)
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')         # `lr_find` means to go too far
+        self.bad = torch.zeros((), dtype=torch.bool, device=next(self.model.parameters()).device)
     def after_loss(self):
         self.bad = self.bad | ~torch.isfinite(self.loss_grad.detach()).all()
         if waits(self.bad.device) and self.iter % self.every and self.iter < self.n_iter-1: return

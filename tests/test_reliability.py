@@ -62,8 +62,8 @@ def test_a_full_disk(tmp_path):
     config = (tmp_path/'run/config.json').read_text()
     (tmp_path/'run/config.json').write_text(config.replace('"epochs": 2', '"epochs": 4'))
     before = (tmp_path/'run/checkpoint.pt').read_bytes()
-    small = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
-    err = run('flexconv_train', '--resume', tmp_path/'run', code=2, **small).stderr
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    err = run('flexconv_train', '--resume', tmp_path/'run', code=2, **limit).stderr
     assert 'could not be written and is as it was: File too large' in err and 'Go on with: flexconv_train --resume' in err
     assert (tmp_path/'run/checkpoint.pt').read_bytes() == before and not list((tmp_path/'run').glob('*.part'))
     call('flexconv_train', resume=str(tmp_path/'run'))
@@ -225,7 +225,6 @@ def launch(*options, **kwargs): return subprocess.Popen([BIN/LAUNCH[0], *map(str
 
 def test_two_processes_train_as_one_and_resume(tmp_path):
     "Training losses to 1e-5 at equal global batch, one run folder; and the run goes on after it was stopped, with two processes and with one."
-    pytest.importorskip('accelerate', reason='accelerate is not installed')
     options = ['--epochs', 3, *SMALL[2:], '--dropout', 0]
     call('flexconv_train', **small | dict(epochs=3), dropout=0., out=str(tmp_path/'one'))
     two = launch(*options, '--out', tmp_path/'two')
@@ -248,7 +247,6 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
 
 
 def test_a_killed_worker_ends_the_run(tmp_path):
-    pytest.importorskip('accelerate', reason='accelerate is not installed')
     process = launch('--epochs', 2000, *SMALL[2:], '--out', tmp_path/'run', start_new_session=True)
     try:
         for line in process.stdout:
@@ -265,7 +263,6 @@ def test_a_killed_worker_ends_the_run(tmp_path):
 
 
 def test_batches_must_be_shared_evenly(tmp_path):
-    pytest.importorskip('accelerate', reason='accelerate is not installed')
     process = launch('--epochs', 1, '--width', 4, '--max_items', 128, '--bs', 33, '--out', tmp_path/'run')
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and 'bs must be divisible by the number of processes, 2; got 33' in err
