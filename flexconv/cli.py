@@ -116,15 +116,16 @@ def resolution_experiments():
     variants = {'': dict(aliasing=0.1), '-unregularised': {}, '-conv3': dict(model='flexnet7_conv3', input_scale=None), '-conv33': dict(model='flexnet7_conv33', input_scale=None)}
     return {name + suffix: cfg | change for name, cfg in out.items() for suffix, change in variants.items()}
 
-# %% ../nbs/14_cli.ipynb #56ca7157
+# %% ../nbs/14_cli.ipynb #c7ce7ea0
 def complete(experiment,    # name of an experiment, or None
              options):      # options that were given, {name: value}
     "The whole configuration: the base, the experiment (or what suits the data), and the options, each before the last."
     known, data = paper_experiments(), options.get('data', 'digits')
     if experiment is not None: chosen = known[check_choice(experiment, known, 'experiment')]
+    elif f'{data}-{options.get("model")}' in known: chosen = known[f'{data}-{options["model"]}']
     elif data in known: chosen = known[data]
     else: chosen = known['smnist-flextcn2'] if data in sequence_sets else dict(model='flexnet3')
-    if options.get('model') not in (None, chosen.get('model')): chosen = {k: v for k, v in chosen.items() if k != 'sigma'}      # chosen for another network
+    if options.get('model') not in (None, chosen.get('model')): chosen = {k: v for k, v in chosen.items() if k not in ('sigma', 'kernel_norm')}      # chosen for another network
     return check_config(base_config | chosen | options)
 
 def check_config(cfg):

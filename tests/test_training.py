@@ -5,6 +5,8 @@ import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
 from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, kernel_norm, model_for, read_csv, split_masks
 from fastai.data.external import fastai_path
+from safetensors.torch import load_file
+from flexconv import cli, list_models
 
 BIN = Path(sys.executable).parent
 
@@ -152,6 +154,20 @@ def test_other_data_and_models_train_and_evaluate(data, model, tmp_path):
     run('flexconv_train', '--data', data, '--model', model, '--epochs', 1, '--width', 4, '--max_items', 128, '--out', tmp_path/'run')
     assert 'accuracy' in run('flexconv_eval', tmp_path/'run').stdout
     assert (tmp_path/'run/kernels.png').exists() == (model != 'flexnet7_conv3')
+
+
+@pytest.mark.parametrize('model', list_models())
+def test_every_model_of_the_registry_trains(model, tmp_path):
+    "One epoch by the command's function: weights move, everything is finite, and the run folder can be read."
+    data = 'sdigits' if 'tcn' in model else 'digits'
+    cli.flexconv_train.__wrapped__(data=data, model=model, epochs=1, width=4, max_items=64, bs=32, out=str(tmp_path/'run'))
+    row, = read_csv(tmp_path/'run/metrics.csv')
+    assert 0 < float(row['train_loss']) < 10 and 0 <= float(row['accuracy']) <= 1
+    weights = load_file(tmp_path/'run/model.safetensors')
+    assert all(v.isfinite().all() for v in weights.values())
+    fresh = cli.make_learner(cli.read_config(tmp_path/'run'), 'cpu').model.state_dict()
+    moved = [not torch.equal(v, weights[k]) for k, v in fresh.items() if v.is_floating_point()]
+    assert sum(moved) > 0.9*len(moved)
 
 
 # Full data ------------------------------------------------------------------------------------------------------------------
