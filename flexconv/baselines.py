@@ -7,14 +7,14 @@ __all__ = ['ScaledBasis', 'gaussian_derivatives', 'GaussianDerivatives', 'Scaled
            'DilatedBasis', 'DilatedBasisConv2d', 'DeformableConv2d', 'PadShortcut', 'conv3x3', 'CIFARResNet',
            'cifar_resnet32', 'cifar_resnet44', 'flexnet7_njet', 'njet_resnet32', 'AllCNN', 'njet_allcnn', 'TCN', 'tcn']
 
-# %% ../nbs/08_baselines.ipynb #3afd9a1a
+# %% ../nbs/08_baselines.ipynb #2c1f9c71
 import math
 from itertools import product
 import torch
 from torch import nn
 from .kernels import KernelNetwork, PointwiseLinear, check_number, per_axis, register_kernel_network
 from .crop import spacing
-from .layers import CKConv, CausalConv1d
+from .layers import CKConv, CausalConv1d, tracing
 from .flexnet import ResidualBlock, TemporalBlock, flexnet7, register_model
 
 # %% ../nbs/08_baselines.ipynb #dd027827
@@ -80,7 +80,7 @@ class GaussianDerivatives(ScaledBasis):
 
     def axis_functions(self, u): return gaussian_derivatives(u, self.order)
 
-# %% ../nbs/08_baselines.ipynb #8beb6581
+# %% ../nbs/08_baselines.ipynb #a60bca69
 class ScaledBasisConv(CKConv):
     "Base of convolutions whose kernel is a `ScaledBasis` and as large as its functions are wide: `(B, in_channels, *S)` to `(B, out_channels, *S)`."
     basis = None         # name of the kernel network; a subclass says
@@ -111,7 +111,7 @@ class ScaledBasisConv(CKConv):
         "The positions where the functions have not faded, `((start, stop), ...)`. Of a width that is no number, all."
         n, network = self.grid_size[0], self.kernel_network
         half = n//2
-        if not network.log2_sigma.is_meta:
+        if not (network.log2_sigma.is_meta or tracing()):          # a program must not depend on values: all
             reach = network.reach*network.sigma.item()/spacing((n,))[0] + 0.5
             if reach < half: half = max(math.ceil(reach), 1)
         return ((n//2 - half, n//2 + half + 1),)*self.ndim
@@ -147,7 +147,7 @@ class DilatedBasisConv2d(ScaledBasisConv):
     "Convolution of images with a blurred kernel of learned dilation (after Shelhamer et al., 2019), `(B, C, H, W)`; `taps=5` as in `DilatedBasis`, `sigma` in pixels."
     ndim, basis = 2, 'dilated'
 
-# %% ../nbs/08_baselines.ipynb #8bb16a27
+# %% ../nbs/08_baselines.ipynb #bc33f78b
 class DeformableConv2d(nn.Module):
     "Deformable convolution (Dai et al., 2017): torchvision's `DeformConv2d`, with a convolution that predicts the offsets; `(B, in_channels, H, W)` to `(B, out_channels, H', W')`."
     def __init__(self, in_channels, out_channels,
@@ -157,14 +157,15 @@ class DeformableConv2d(nn.Module):
         from torchvision.ops import DeformConv2d         # here, so that `import flexconv` brings no torchvision
         size, = per_axis(kernel_size, 1, 'kernel_size')
         if size % 2 == 0: raise ValueError(f'kernel_size must be odd; got {kernel_size}')
-        padding = dilation*(size//2)
+        dilation = per_axis(dilation, 2, 'dilation')
+        padding = tuple(d*(size//2) for d in dilation)
         self.offset = nn.Conv2d(in_channels, 2*size*size, size, stride, padding, dilation)
         self.conv = DeformConv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias)
         nn.init.zeros_(self.offset.weight); nn.init.zeros_(self.offset.bias)
 
     def forward(self, x): return self.conv(x, self.offset(x))
 
-# %% ../nbs/08_baselines.ipynb #028a5673
+# %% ../nbs/08_baselines.ipynb #ebf9051a
 class PadShortcut(nn.Module):
     "Every second pixel, and zeros for new channels: `(B, in_channels, H, W)` to `(B, out_channels, H/2, W/2)` (option A of He et al., 2016)."
     def __init__(self, in_channels, out_channels):
@@ -173,10 +174,12 @@ class PadShortcut(nn.Module):
     def forward(self, x): return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
 
 def conv3x3(in_channels, out_channels, stride=1):
-    "The 3x3 convolution of residual networks: padding 1, no bias."
-    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+    "The 3x3 convolution of residual networks: padding 1, no bias, initialised as He et al. (2015) do."
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    return conv
 
-# %% ../nbs/08_baselines.ipynb #76548d4b
+# %% ../nbs/08_baselines.ipynb #c7f6b754
 class CIFARResNet(nn.Module):
     "Residual network for small images (He et al., 2016, section 4.2): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
     def __init__(self,
@@ -193,8 +196,6 @@ class CIFARResNet(nn.Module):
         new_conv = lambda i, o: conv(i, o, 1 if i == o else 2)
         self.blocks = nn.Sequential(*(ResidualBlock(i, o, new_conv, nn.BatchNorm2d, PadShortcut, 0.) for i, o in zip([width, *widths], widths)))
         self.head = nn.Linear(widths[-1], num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x):
         x = self.blocks(self.norm(self.stem(x)).relu())     # (B, 4*width, H/4, W/4)

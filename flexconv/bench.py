@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.script import call_parse
 from torch.profiler import ProfilerActivity, profile
 
-# %% ../nbs/16_bench.ipynb #da24c65e
+# %% ../nbs/16_bench.ipynb #0f793cb6
 from .kernels import check_choice
 from .conv import run_seconds
 from .layers import FlexConv1d, FlexConv2d, sample
@@ -26,6 +26,7 @@ from .flexnet import conv_layers, create_model, plain_conv2d
 from .export import bake
 from .cli import user_errors
 from .learner import write_csv
+from .cli import take_both_spellings
 
 # %% ../nbs/16_bench.ipynb #d0b5fbee
 def sampled_as_published(layer):
@@ -179,7 +180,8 @@ def bench_long(device='cpu', quick=False):
         def step(): layer(x).square().mean().backward()
         yield row('FlexConv1d 16-16', f'length {n}', 'train', run_seconds(step, 0.2), memory=peak_memory(step))
 
-# %% ../nbs/16_bench.ipynb #d834f0f9
+# %% ../nbs/16_bench.ipynb #d7f8abb4
+take_both_spellings()
 benchmarks = dict(layers=bench_layers, networks=bench_networks, memory=bench_memory, long=bench_long)
 
 def machine(device):

@@ -7,13 +7,13 @@ __all__ = ['padding_modes', 'chunk_numbers', 'largest_remembered', 'costs', 'aut
            'padding_pairs', 'check_reach', 'fast_length', 'count_work', 'estimate_seconds', 'run_seconds',
            'measure_ways', 'fit_costs', 'conv_nd', 'direct_conv_nd', 'fft_conv_nd']
 
-# %% ../nbs/04_conv.ipynb #2514c4d9
+# %% ../nbs/04_conv.ipynb #aaa15cd9
 import math, statistics, time
 from contextlib import nullcontext
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
-from .kernels import at_least_float32, check_choice, per_axis
+from .kernels import accelerator, at_least_float32, check_choice, per_axis
 
 # %% ../nbs/04_conv.ipynb #fc24872d
 class LowRankKernel:
@@ -310,12 +310,12 @@ def estimate_seconds(x_shape, weight_shape, pairs, dilation, device='cpu', rank=
     cost = costs.get(device, costs['cuda'])
     return {way: sum(cost[unit]*n for unit, n in units.items()) for way, units in count_work(x_shape, weight_shape, pairs, dilation, rank).items()}
 
-# %% ../nbs/04_conv.ipynb #0a7efd0a
+# %% ../nbs/04_conv.ipynb #34fc58d0
 def run_seconds(f,             # function without arguments
                 min_time=0.,   # seconds to measure for; at least one run after one that does not count
                ):
     "Median time of a call of `f`, with all of torch's threads, waiting for the GPU where there is one."
-    wait, times, start = torch.accelerator.synchronize if torch.accelerator.is_available() else (lambda: None), [], None
+    wait, times, start = getattr(torch, 'accelerator', torch.cuda).synchronize if accelerator() else (lambda: None), [], None
     while start is None or not times or time.perf_counter() - start < min_time:
         wait(); before = time.perf_counter()
         f(); wait()

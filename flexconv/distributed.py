@@ -18,6 +18,9 @@ import flexconv.data    # first: it keeps fastai's import quiet
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.torch_core import num_distrib, rank_distrib
 
+# %% ../nbs/10a_distributed.ipynb #88e73d9d
+from .kernels import accelerator
+
 # %% ../nbs/10a_distributed.ipynb #a8194e42
 def shares(idxs,     # indices of an epoch, a list
            bs,       # batch size of all processes together, a multiple of their number
@@ -95,7 +98,7 @@ def unsync_batch_norm(model):
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.__dict__.pop('forward', None)
 
-# %% ../nbs/10a_distributed.ipynb #966a985a
+# %% ../nbs/10a_distributed.ipynb #58fa77b4
 class SameTrainer(DistributedTrainer):
     "fastai's `DistributedTrainer` with the batches, and the batch statistics, of a single process. Every process validates on the whole validation set, so that metrics are exact."
     def before_fit(self):
@@ -105,6 +108,8 @@ class SameTrainer(DistributedTrainer):
         if rank_distrib(): self.learn.logger = _silent
     def before_validate(self): pass
     def after_fit(self):
+        "Undo `before_fit`, also where an exception ended the training."
+        if not hasattr(self.learn.model, 'module'): return
         self.old_dls[0].rng = self.learn.dls.loaders[0].dl.rng
         super().after_fit()
         unsync_batch_norm(self.learn.model)
@@ -112,8 +117,8 @@ class SameTrainer(DistributedTrainer):
 def _silent(*args, **kwargs): pass
 
 @contextmanager
-def all_processes(learn,    # a fastai `Learner`, made alike in every process
-                 ):
+def all_processes(learn,            # a fastai `Learner`, made alike in every process
+                  reseed=True):     # give each process random numbers (dropout) of its own? not where `load_checkpoint` has
     "Training inside of this uses all processes that `accelerate launch` started; with one, it changes nothing."
     if num_distrib() <= 1:
         yield learn
@@ -121,14 +126,16 @@ def all_processes(learn,    # a fastai `Learner`, made alike in every process
     cbs = [learn.progress] if rank_distrib() and hasattr(learn, 'progress') else []
     trainer = SameTrainer(cpu=learn.dls.device.type == 'cpu')
     learn.remove_cbs(cbs).add_cb(trainer)
-    torch.manual_seed(torch.initial_seed() + rank_distrib())       # dropout of its own for each process
+    if reseed: torch.manual_seed(torch.initial_seed() + rank_distrib())
     try: yield learn
-    finally: learn.remove_cb(trainer).add_cbs(cbs)
+    finally:
+        trainer.after_fit()
+        learn.remove_cb(trainer).add_cbs(cbs)
 
 def use_this_device(device=None):      # 'cpu', or None for a GPU where there is one
     "In each of several processes, once and first: connect to the others, and choose a GPU."
     if num_distrib() <= 1: return
-    PartialState(cpu=str(device) == 'cpu' or not torch.accelerator.is_available())
+    PartialState(cpu=str(device) == 'cpu' or not accelerator())
 
 def from_first(make):    # function without arguments
     "What `make` returns in the first process, which alone calls it; in every process."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['bake', 'as_flexconv', 'convert', 'export_program', 'export_onnx', 'StreamingConv1d', 'Stream']
 
-# %% ../nbs/12_export.ipynb #4cfe3a4c
+# %% ../nbs/12_export.ipynb #49c54dbd
 import copy
 from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .kernels import per_axis
+from .kernels import check_number, per_axis
 from .mask import mask_reach
 from .crop import spacing
 from .layers import CKConv, CausalConv1d, FlexConv2d
@@ -37,12 +37,12 @@ def bake(model,    # a layer, or a network that contains some
     _replace(baked, lambda name, m: m.to_conv().eval() if isinstance(m, CKConv) else None)
     return baked[0]
 
-# %% ../nbs/12_export.ipynb #b41c44d7
+# %% ../nbs/12_export.ipynb #c881a944
 def _flexible(name, conv):
     "Does `convert` replace this module by default?"
-    return isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward and max(conv.kernel_size) > 1 and all(k % 2 for k in conv.kernel_size)
+    return type(conv) is nn.Conv2d and max(conv.kernel_size) > 1 and all(k % 2 for k in conv.kernel_size)      # not subclasses: they may compute something else
 
-# %% ../nbs/12_export.ipynb #b192a50d
+# %% ../nbs/12_export.ipynb #90379fef
 @torch.no_grad()
 def as_flexconv(conv,            # an `nn.Conv2d` with an odd kernel
                 kernel_size=33,  # the largest size the kernel can grow to, an odd int
@@ -53,7 +53,7 @@ def as_flexconv(conv,            # an `nn.Conv2d` with an odd kernel
     largest, = per_axis(kernel_size, 1, 'kernel_size', minimum=3)
     size = tuple(1 if k == 1 else max(largest, k) for k in conv.kernel_size)           # an axis without extent gets none
     padding = conv.padding if isinstance(conv.padding, str) else tuple(p + d*(n-k)//2 for p, d, n, k in zip(conv.padding, conv.dilation, size, conv.kernel_size))
-    reach = mask_reach(options.get('threshold', 0.1))
+    reach = mask_reach(check_number(options.get('threshold', 0.1), 'threshold', 0, 1))
     options = dict(sigma=tuple(k/2*step/reach for k, step in zip(conv.kernel_size, spacing(size))), init='fan_in') | options
     new = FlexConv2d(conv.in_channels, conv.out_channels, size, conv.stride, padding, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
                      conv.weight.device, conv.weight.dtype, **options)
@@ -67,11 +67,15 @@ def convert(model,             # a network, or an `nn.Conv2d`
     "A copy of `model` with its spatial `nn.Conv2d` layers replaced by `FlexConv2d` of the same shape. Raises ValueError where there are none."
     model = nn.Sequential(copy.deepcopy(model))                      # so that the network itself can be replaced
     chosen = _flexible if select is None else lambda name, m: isinstance(m, nn.Conv2d) and select(name, m)
-    names = _replace(model, lambda name, m: as_flexconv(m, kernel_size, **options) if chosen(name[2:], m) else None)
+    def new(name, m):
+        if not chosen(name[2:], m): return None
+        try: return as_flexconv(m, kernel_size, **options)
+        except ValueError as e: raise ValueError(f'{name[2:]}: {e}' if name[2:] else str(e)) from None
+    names = _replace(model, new)
     if not names: raise ValueError(f'model must contain an nn.Conv2d that can be replaced; {type(model[0]).__name__} has none{" that select chose" if select else ""}')
     return model[0]
 
-# %% ../nbs/12_export.ipynb #27a3383c
+# %% ../nbs/12_export.ipynb #cb4513cc
 def _example(model, example):
     "An example of two items or more, without which torch takes the batch size for a constant."
     if not isinstance(example, torch.Tensor) or example.ndim < 3: raise ValueError(f'example must be a batch, a tensor (B, C, *S); got {getattr(example, "shape", example)}')
@@ -88,12 +92,13 @@ def export_program(model,      # a network
 
 def export_onnx(model, example, path):
     "Write the baked network as ONNX with free batch size; its input is called `x`, its output `y`."
+    example = _example(model, example)
     missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
     if missing: raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install 'flexconv[export]'")
-    torch.onnx.export(bake(model), (_example(model, example),), str(path), dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False,
+    torch.onnx.export(bake(model), (example,), str(path), dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, external_data=False,
                       input_names=['x'], output_names=['y'], verbose=False)
 
-# %% ../nbs/12_export.ipynb #200096ea
+# %% ../nbs/12_export.ipynb #142bca7e
 class StreamingConv1d(CausalConv1d):
     "A `CausalConv1d` of stride 1 that remembers the end of its last input."
     past = None
@@ -102,9 +107,12 @@ class StreamingConv1d(CausalConv1d):
            conv):    # a `CausalConv1d` without stride, zero-padded
         "A streaming layer with the weights of `conv`."
         if conv.stride != (1,) or conv.padding_mode != 'zeros': raise ValueError(f'streaming needs causal convolutions of stride 1 with zero padding; got {conv}')
-        conv = copy.deepcopy(conv)
-        conv.__class__ = cls
-        return conv
+        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None,
+                  device=conv.weight.device, dtype=conv.weight.dtype).eval()
+        with torch.no_grad():                                  # weights as they are used: weight normalisation is done for good
+            new.weight.copy_(conv.weight)
+            if conv.bias is not None: new.bias.copy_(conv.bias)
+        return new
 
     def forward(self, x):
         span = self.dilation[0]*(self.kernel_size[0]-1)

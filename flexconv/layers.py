@@ -6,12 +6,12 @@
 __all__ = ['CKConv', 'scaled_size', 'sample', 'tracing', 'CKConv1d', 'CKConv2d', 'CKConv3d', 'FlexConv', 'waits', 'refresh_sizes',
            'FlexConv1d', 'FlexConv2d', 'FlexConv3d', 'CausalConv1d', 'test_conv_layer', 'from_official']
 
-# %% ../nbs/05_layers.ipynb #e1aca408
+# %% ../nbs/05_layers.ipynb #fd725ed5
 import copy, inspect, math, pickle, warnings
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .kernels import KernelNetwork, at_least_float32, check_choice, create_kernel_network, kernel_networks, per_axis, position_axis
+from .kernels import KernelNetwork, accelerator, at_least_float32, check_choice, create_kernel_network, kernel_networks, per_axis, position_axis
 from .magnet import MAGNet       # registers 'magnet'
 from .mask import GaussianMask, gaussian, mask_reach
 from .crop import crop_axis, crop_bounds, crop_size, first_kept, inside, spacing
@@ -435,7 +435,7 @@ def _check_copies(layer, x, eps):
     _same(twin(x), y, eps)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))): _same(other(x), y, eps)
 
-# %% ../nbs/05_layers.ipynb #aa4bf1db
+# %% ../nbs/05_layers.ipynb #7669c114
 def test_conv_layer(layer,        # a CKConv or FlexConv
                     x,            # an input for it, with batch
                     eps=1e-4,     # largest difference allowed where values must agree, relative to the largest output
@@ -455,7 +455,7 @@ def test_conv_layer(layer,        # a CKConv or FlexConv
     double = copy.deepcopy(layer).double()
     _same(double(x.double()), double.to_conv()(x.double()), eps)
     assert double(x.double()).dtype == torch.float64 and layer.kernel().dtype == x.dtype
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+    device = accelerator() or torch.device('cpu')
     moved = copy.deepcopy(layer).to(device)
     _same(moved(x.to(device)).cpu(), y, eps)
 test_conv_layer.__test__ = False     # a tool for tests, not a test: keeps pytest from collecting it

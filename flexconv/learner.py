@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['split_masks', 'MaskAdam', 'initial_sigma', 'model_for', 'KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm',
            'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'flex_learner', 'cosine_schedule',
-           'write_atomically', 'size_text', 'write_csv', 'read_csv', 'train_dl', 'random_state', 'set_random_state',
-           'of_all_processes', 'previous', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'save_weights',
-           'checksum', 'load_weights', 'RunRecorder']
+           'write_atomically', 'sync_folder', 'size_text', 'write_csv', 'read_csv', 'train_dl', 'random_state',
+           'set_random_state', 'of_all_processes', 'previous', 'save_checkpoint', 'read_checkpoint', 'misfits',
+           'load_checkpoint', 'save_weights', 'checksum', 'load_weights', 'RunRecorder']
 
 # %% ../nbs/10_learner.ipynb #78b4786f
 import csv, hashlib, inspect, io, os, random, time, warnings, zipfile
@@ -62,11 +62,11 @@ class MaskAdam(OptimWrapper):
         if isinstance(v, np.ndarray): v = v.tolist()             # Python numbers, which a checkpoint may hold
         super().set_hyper(k, v)
 
-# %% ../nbs/10_learner.ipynb #9273fc6e
+# %% ../nbs/10_learner.ipynb #d6c206af
 def initial_sigma(kernel_size,    # positions on [-1, 1]
                  ):
     "The paper's initial width, 0.075, or for a kernel of few positions the one that starts it at 5 pixels."
-    return 0.075 if kernel_size >= 27 else min(1., 2.4/(kernel_size-1))
+    return 0.075 if kernel_size >= 27 else min(1., 2.4/max(kernel_size-1, 1))
 
 def model_for(dls,          # fastai `DataLoaders` of images or sequences
               name,         # see `list_models`
@@ -125,7 +125,7 @@ class KernelNorm(Callback):
     def before_fit(self): kernel_norm(self.model, self.factor)                          # a ValueError where there is nothing to penalise
     def after_loss(self): self.learn.loss_grad = self.loss_grad + kernel_norm(self.model, self.factor)
 
-# %% ../nbs/10_learner.ipynb #a5917270
+# %% ../nbs/10_learner.ipynb #54a4ead0
 class NonFiniteLoss(ArithmeticError):
     "Training was stopped because the loss is infinite or not a number."
 
@@ -147,15 +147,21 @@ class StopNonFinite(Callback):
                             'Nothing of this epoch was saved. A lower learning rate, or a longer warm-up, is the usual cure')
 
     def after_train(self):
-        names = [name for name, p in get_model(self.model).named_parameters() if not p.isfinite().all()]         # the last step may have had a gradient that is not
-        if names: raise NonFiniteLoss(f'parameter {names[0]} has values that are not finite at the end of epoch {self.epoch}. Nothing of this epoch was saved')
+        names = self.not_finite()         # the last step may have had a gradient that is not
+        if names: raise NonFiniteLoss(f'{names[0]} has values that are not finite at the end of epoch {self.epoch}. Nothing of this epoch was saved')
+
+    def not_finite(self, buffers=True):
+        "Parameters, and buffers (which a bad step spoils as well), with infinite values or NaN."
+        model = get_model(self.model)
+        named = [(f'parameter {n}', p.detach()) for n, p in model.named_parameters()] + [(f'buffer {n}', b) for n, b in model.named_buffers() if buffers and b.is_floating_point()]
+        if not named: return []
+        return [n for (n, _), good in zip(named, torch.stack([t.isfinite().all() for _, t in named]).tolist()) if not good]      # one wait, not one for each
 
     @torch.no_grad()
     def cause(self):
         "Where the first infinite value or NaN is."
         if not all(x.isfinite().all() for x in self.xb): return 'the input of this batch has values that are not finite'
-        for name, p in get_model(self.model).named_parameters():
-            if not p.isfinite().all(): return f'parameter {name} has values that are not finite'
+        if names := self.not_finite(buffers=False): return f'{names[0]} has values that are not finite'
         found = []
         def look(name, m): return m.register_forward_hook(lambda m, x, y: found.append((name, m)) if isinstance(y, torch.Tensor) and not y.isfinite().all() else None)
         hooks = [look(name, m) for name, m in get_model(self.model).named_modules() if not list(m.children()) or isinstance(m, CKConv)]
@@ -237,21 +243,27 @@ def _fit_from(learn, start_epoch):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
-# %% ../nbs/10_learner.ipynb #a4a09b93
+# %% ../nbs/10_learner.ipynb #9abf7764
 def write_atomically(path,      # where the file shall be
                      data,      # its bytes, or a str
                     ):
     "Write a file aside, to the disk, and rename it: `path` is always whole, whatever happens. An OSError says that it is what it was."
     path = Path(path)
-    part = path.with_name(path.name + '.part')
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         with open(part, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(part, path)
+        with suppress(OSError): sync_folder(path.parent)
     except OSError as e:
         with suppress(OSError): part.unlink(missing_ok=True)
         raise type(e)(f'{path} could not be written and is as it was: {e.strerror}') from None       # one argument: fastai's callbacks keep only the first
+def sync_folder(path):
+    "Bring the names in a folder to the disk, where the system has that."
+    folder = os.open(path, os.O_RDONLY)
+    try: os.fsync(folder)
+    finally: os.close(folder)
 
 # %% ../nbs/10_learner.ipynb #2d5ce894
 def size_text(size):
@@ -269,7 +281,7 @@ def read_csv(path):
     "The rows of a csv file as dicts of strings."
     with open(path, newline='') as f: return list(csv.DictReader(f))
 
-# %% ../nbs/10_learner.ipynb #0e9c9c7d
+# %% ../nbs/10_learner.ipynb #f4a56995
 def train_dl(learn):
     "The `DataLoader` of the training set that draws random numbers: the one inside, where a `DistributedDL` is around it."
     return getattr(learn.dls.train, 'dl', learn.dls.train)
@@ -277,13 +289,13 @@ def train_dl(learn):
 def random_state(learn):
     "State of all random number generators that training uses, of types that `torch.load(weights_only=True)` accepts."
     kind, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(learn.dls.device) if learn.dls.device.type == 'cuda' else None,
                 numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate(), data=train_dl(learn).rng.getstate())
 
 def set_random_state(learn, state):
     "Restore `random_state`."
     torch.set_rng_state(state['torch'])
-    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
+    if state['cuda'] is not None and learn.dls.device.type == 'cuda': torch.cuda.set_rng_state(state['cuda'], learn.dls.device)
     kind, keys, *rest = state['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state['python']); train_dl(learn).rng.setstate(state['data'])
@@ -295,17 +307,23 @@ def of_all_processes(thing):
     torch.distributed.all_gather_object(things, thing)
     return things
 
-# %% ../nbs/10_learner.ipynb #88010a35
+# %% ../nbs/10_learner.ipynb #b209f965
 def previous(path):
     "Where the checkpoint before the one at `path` is kept."
     return Path(path).with_name(f'previous-{Path(path).name}')
+
+def _plain_types(o):
+    "Containers without numpy's numbers and fastai's lists, which `weights_only` refuses."
+    if isinstance(o, dict): return {k: _plain_types(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, L)): return type(o)(map(_plain_types, o)) if type(o) in (list, tuple) else list(map(_plain_types, o))
+    return o.tolist() if isinstance(o, (np.generic, np.ndarray)) else o
 
 def save_checkpoint(learn, path, epoch,
                     rows=()):     # what was recorded so far, a list of dicts
     "Everything needed to go on after `epoch` epochs. The checkpoint that was there becomes the `previous` one."
     states, file = of_all_processes(random_state(learn)), io.BytesIO()
     if rank_distrib(): return
-    torch.save(dict(epoch=epoch, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), random=states, rows=list(rows)), file)
+    torch.save(dict(epoch=epoch, model=get_model(learn.model).state_dict(), opt=_plain_types(learn.opt.state_dict()), random=states, rows=list(rows)), file)
     part = Path(path).with_name(Path(path).name + '.new')
     write_atomically(part, file.getvalue())
     if Path(path).exists(): os.replace(path, previous(path))
@@ -321,8 +339,14 @@ def read_checkpoint(path):
     except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}: {e})') from None
     if not isinstance(state, dict) or set(state) != {'epoch', 'model', 'opt', 'random', 'rows'}: raise ValueError(f'{path} is not a checkpoint of flexconv')
     return state
+def misfits(model, weights):
+    "What keeps weights from fitting a model, as text: names and shapes; '' where they fit."
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [f'{k} must have shape {s}; got {got[k]}' if k in got else f'{k} is missing' for k, s in want.items() if got.get(k) != s] + [f'{k} is unknown' for k in got if k not in want]
+    return '' if not wrong else wrong[0] + f', and {len(wrong)-1} more like it'*(len(wrong) > 1)
 
-# %% ../nbs/10_learner.ipynb #0ae35cdb
+# %% ../nbs/10_learner.ipynb #77730276
 def load_checkpoint(learn,     # a `Learner` made as the one that was saved
                     path,      # a file of `save_checkpoint`
                    ):
@@ -332,13 +356,16 @@ def load_checkpoint(learn,     # a `Learner` made as the one that was saved
         if not previous(path).exists(): raise
         state = read_checkpoint(previous(path))
         warnings.warn(f'{e}; going on from {previous(path)}, after {state["epoch"]} epochs', RuntimeWarning, stacklevel=2)
-    try: learn.model.load_state_dict(state['model'])
-    except RuntimeError as e: raise ValueError(f'{path} belongs to another model: {e}') from None
-    learn.create_opt(); learn.opt.load_state_dict(state['opt'])
+    if differ := misfits(learn.model, state['model']): raise ValueError(f'{path} belongs to another model: {differ}')
+    learn.create_opt()
+    try: learn.opt.load_state_dict(state['opt'])
+    except Exception as e: raise ValueError(f'{path} belongs to another optimiser ({type(e).__name__}: {e})') from None
+    learn.model.load_state_dict(state['model'])
     if rank_distrib() < len(state['random']): set_random_state(learn, state['random'][rank_distrib()])
+    else: torch.manual_seed(torch.initial_seed() + rank_distrib())            # a process more than there were
     return state['epoch'], state['rows']
 
-# %% ../nbs/10_learner.ipynb #79268728
+# %% ../nbs/10_learner.ipynb #8ae1b20a
 def save_weights(model, path):
     "A model's weights as safetensors, with a checksum."
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in get_model(model).state_dict().items()}       # a clone: tensors that share memory are refused
@@ -357,6 +384,7 @@ def load_weights(model, path):
     try:
         with safetensors.safe_open(path, 'pt') as f: weights, known = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('sha256')
         if known and known != checksum(weights): raise ValueError('damaged: it does not match its checksum')
+        if differ := misfits(model, weights): raise ValueError(differ)
         model.load_state_dict(weights)
     except Exception as e: raise ValueError(f'{path} does not hold the weights of this model ({e})') from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 # %% ../nbs/17_results.ipynb #7a438373
 import pandas as pd
 
-# %% ../nbs/17_results.ipynb #81cad4ae
+# %% ../nbs/17_results.ipynb #2c059fe9
 def read_runs(path,    # a folder of run folders
              ):
     "One row per run folder, a DataFrame: its configuration, and `folder`, `accuracy` (percent, last epoch), `minutes` of training, `finished`. A ValueError for a damaged run."
@@ -22,13 +22,18 @@ def read_runs(path,    # a folder of run folders
         try:
             cfg, log = json.loads((folder/'config.json').read_text()), folder/'metrics.csv'
             epochs = pd.read_csv(log) if log.exists() else pd.DataFrame(columns=['epoch', 'accuracy', 'seconds'])
+            epochs = epochs.astype(dict(accuracy=float, seconds=float))
             last = epochs.accuracy.iloc[-1]*100 if len(epochs) else float('nan')
             rows.append(cfg | dict(folder=folder.name, accuracy=last, minutes=epochs.seconds.sum()/60, finished=len(epochs) == cfg['epochs']))
         except (ValueError, KeyError, AttributeError, TypeError) as e: raise ValueError(f'{folder} is not a whole run: {type(e).__name__}: {e}') from None
     return pd.DataFrame(rows, columns=None if rows else ['folder', 'accuracy', 'minutes', 'finished'])
 
-# %% ../nbs/17_results.ipynb #cca6c80e
+# %% ../nbs/17_results.ipynb #c3edaed6
 defaults = dict(size=None, max_items=None, width=None, valid_pct=None)       # what a run of a whole data set and a whole network has
+
+def _text(value):
+    "A value of a configuration as text that can be compared: lists have no `==` in a table, and what is missing is the default."
+    return 'None' if value is None or isinstance(value, float) and value != value else repr(float(value)) if isinstance(value, (int, float)) else repr(value)
 
 def measured(runs,         # of `read_runs`
              **config):    # entries of the configuration that a run must have; by default no smaller data set or network counts
@@ -39,13 +44,17 @@ def measured(runs,         # of `read_runs`
     keep = runs.finished.astype(bool)
     for key, value in (defaults | config).items():
         if key not in runs: continue
-        keep &= runs[key].isna() if value is None else runs[key] == value
+        keep &= runs[key].map(_text) == _text(value)
     return runs[keep]
 
 def accuracy_text(found):    # of `measured`
-    "Accuracy of the last epoch as text: mean and standard deviation over seeds, how many, of how many epochs; '' where there is no run."
+    "Accuracy of the last epoch as text: mean and standard deviation over seeds, how many, of how many epochs, in how many minutes each on what; '' where there is no run."
     if not len(found): return ''
-    if found.epochs.nunique() > 1: raise ValueError(f'runs must have the same number of epochs; got {sorted(found.epochs.unique())}')
+    about = {'seed', 'folder', 'accuracy', 'minutes', 'finished', 'device', 'versions', 'initial'}
+    differ = [k for k in found if k not in about and found[k].map(_text).nunique() > 1]
+    if differ: raise ValueError(f'runs must differ in their seeds only; these differ in {", ".join(differ)}: {", ".join(found.folder)}')
+    if found.seed.duplicated().any(): raise ValueError(f'runs must have different seeds; got {sorted(found.seed)}: {", ".join(found.folder)}')
     n, epochs = len(found), int(found.epochs.iloc[0])
     spread = f' ± {found.accuracy.std():.1f}' if n > 1 else ''
-    return f'{found.accuracy.mean():.{1 if n > 1 else 2}f}{spread} ({n} seed{"s"*(n > 1)}, {epochs} epoch{"s"*(epochs > 1)})'
+    cost = f'{found.minutes.mean():.0f} min on {" and ".join(sorted({d.split(" (")[0] for d in found.device}))}'
+    return f'{found.accuracy.mean():.{1 if n > 1 else 2}f}{spread} ({n} seed{"s"*(n > 1)}, {epochs} epoch{"s"*(epochs > 1)}, {cost})'

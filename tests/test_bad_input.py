@@ -80,6 +80,8 @@ API = [
     ('aliasing method', lambda: aliasing_loss(FlexConv2d(3, 4, 9), 16, method='sum'), ValueError, ['method must be one of', "Did you mean 'summed'?"]),
     ('scale', lambda: set_resolution(FlexConv2d(3, 4, 9), 0), ValueError, ['scale must be a number above 0', 'got 0']),
     ('resolution of a plain network', lambda: set_resolution(nn.Linear(2, 2), 2), ValueError, ['Linear has none']),
+    ('convert: threshold', lambda: convert(nn.Conv2d(3, 4, 3), threshold=1.), ValueError, ['threshold must be a number above 0 and below 1', '1.0']),
+    ('convert: even kernel by name', lambda: convert(nn.Sequential(nn.Conv2d(3, 4, 4)), select=lambda name, m: True), ValueError, ['0: conv must have an odd kernel', '(4, 4)']),
     ('convert: nothing there', lambda: convert(nn.Linear(2, 2)), ValueError, ['model must contain an nn.Conv2d', 'Linear has none']),
     ('export: no batch', lambda: export_program(FlexConv2d(3, 4, 9), torch.randn(3, 3)), ValueError, ['example must be a batch', '[3, 3]']),
     ('export to nowhere', lambda: export_onnx(FlexConv2d(3, 4, 9), 'x', 'y.onnx'), ValueError, ['example must be a batch', 'x']),
@@ -197,6 +199,10 @@ COMMANDS = [
     ('flexconv_train', dict(model='flexnet3', kernel='siren', aliasing=0.1), ['MAGNet, Gabor and Fourier', 'SIREN']),
     ('flexconv_train', dict(resume='nowhere'), ['nowhere is not a run folder']),
     ('flexconv_train', dict(target=1), ['target must be an int of at least 2', 'got 1']),
+    ('flexconv_train', dict(device='meta'), ["device 'meta' cannot be used"]),
+    ('flexconv_train', dict(seed=2**70), ['seed must be below 2**32']),
+    ('flexconv_train', dict(out=''), ['out must name a folder']),
+    ('flexconv_train', dict(resume=''), ['resume must name a run folder']),
     ('flexconv_train', dict(valid_pct=2.), ['valid_pct must be a number', '2']),
 ]
 
@@ -220,8 +226,8 @@ def test_wrong_commands_on_runs(finished, tmp_path):
         for word in words: assert word in err, f'{word!r} is not in: {err}'
 
 
-@pytest.mark.parametrize('change,words', [(dict(epochs='many'), ['config.json', 'epochs', "'many'"]), (dict(model='flexnet99'), ['Did you mean']), (dict(width=8), ['model.safetensors', 'weights of this model']),
-                                          (dict(data='no/such/folder'), ['no/such/folder'])], ids=['epochs', 'model', 'width', 'data'])
+@pytest.mark.parametrize('change,words', [(dict(epochs='many'), ['config.json', 'epochs', "'many'"]), (dict(test_sizes=5), ['config.json', 'test_sizes must be a list', '5']), (dict(width='8'), ['config.json', 'width must be an int', "'8'"]), (dict(model=3), ['config.json', 'model must be text', '3']), (dict(model='flexnet99'), ['Did you mean']), (dict(width=8), ['model.safetensors', 'weights of this model']),
+                                          (dict(data='no/such/folder'), ['no/such/folder'])], ids=['epochs', 'sizes', 'text', 'number', 'model', 'width', 'data'])
 def test_configurations_of_strangers(change, words, finished, tmp_path):
     import json, shutil
     folder = Path(shutil.copytree(finished, tmp_path/'run'))

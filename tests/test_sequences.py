@@ -52,3 +52,15 @@ def test_the_mean_of_a_mask_moves_the_kernel_in_time():
         sizes.append(layer.size[0])
         assert layer.bounds()[0][1] == 101
     assert sizes[0] == 1 and all(0 <= b - a <= 1 for a, b in zip(sizes, sizes[1:])), 'the size jumps'
+
+
+def test_stream_of_a_weight_normalised_network():
+    "The TCN of Bai et al. on a stream: weight normalisation is resolved, the original keeps it."
+    from flexconv.export import Stream
+    torch.manual_seed(0)
+    net = create_model('tcn', 2, blocks=3, width=4).eval()
+    x = torch.randn(2, 2, 40)
+    stream = Stream(net.blocks)
+    got = torch.cat([stream(chunk) for chunk in x.split(7, -1)], -1)
+    assert torch.allclose(got, net.blocks(x), atol=1e-5)
+    assert hasattr(net.blocks[0].conv1, 'parametrizations')

@@ -100,6 +100,13 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     assert (tmp_path/'run/confusion.png').stat().st_size > 5_000
 
 
+def test_both_spellings_of_options(tmp_path):
+    "Dashes and underscores, whichever fastcore is installed; also for the benchmark."
+    done = run('flexconv_train', '--epochs', 1, '--width', 4, '--max-items', 64, '--warmup_epochs=0.5', '--out', tmp_path/'run')
+    assert 'Last epoch' in done.stdout and json.loads((tmp_path/'run/config.json').read_text())['warmup_epochs'] == 0.5
+    assert 'quick' in run('flexconv_bench', '--help').stdout
+
+
 def test_resume_equals_an_uninterrupted_run(tmp_path):
     "Bit for bit: killed by a signal after its first epoch, resumed by --resume, compared with a run that was left alone."
     options = ['--epochs', '3', '--width', '4', '--max_items', '256']
