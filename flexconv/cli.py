@@ -41,7 +41,7 @@ from .resolution import dls_at, image_size, move_to, resolution_table, set_resol
 from .export import export_onnx, export_program
 from .plot import show_kernel_sizes, show_kernels
 
-# %% ../nbs/14_cli.ipynb #50734d17
+# %% ../nbs/14_cli.ipynb #81adcdb6
 class Terminated(BaseException):
     "Somebody sent SIGTERM."
 
@@ -74,7 +74,9 @@ def user_errors(f):
         raise SystemExit(code)
     return _wrapped
 
-def has_checkpoint(folder): return any(p.exists() for p in (folder/'checkpoint.pt', previous(folder/'checkpoint.pt')))
+def has_checkpoint(folder):
+    "Does a run folder hold a checkpoint, or the one before?"
+    return any(p.exists() for p in (folder/'checkpoint.pt', previous(folder/'checkpoint.pt')))
 
 @contextmanager
 def resumable(folder):
