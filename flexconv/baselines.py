@@ -212,19 +212,23 @@ def cifar_resnet44(in_channels=3, num_classes=10, **kwargs):
     "CIFARResNet-44 (He et al., 2016)."
     return CIFARResNet(in_channels, num_classes, 44, **kwargs)
 
-# %% ../nbs/08_baselines.ipynb #91778264
+# %% ../nbs/08_baselines.ipynb #5cbc71e1
 @register_model
 def flexnet7_njet(in_channels=3, num_classes=10, width=38, **kwargs):
     "FlexNet-7 with N-Jet layers of order 4."
     return flexnet7(in_channels, num_classes, width, conv=NJetConv2d, **kwargs)
 
+def _njet(**conv_options):
+    "Makes N-Jet layers of order 3 from `(in_channels, out_channels, stride)`."
+    options = dict(order=3, bias=False) | conv_options
+    return lambda i, o, stride: NJetConv2d(i, o, stride=stride, **options)
+
 @register_model
 def njet_resnet32(in_channels=3, num_classes=10, width=16, **conv_options):
     "CIFARResNet-32 with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
-    options = dict(order=3, bias=False) | conv_options
-    return CIFARResNet(in_channels, num_classes, 32, width, lambda i, o, stride: NJetConv2d(i, o, stride=stride, **options))
+    return CIFARResNet(in_channels, num_classes, 32, width, _njet(**conv_options))
 
-# %% ../nbs/08_baselines.ipynb #adacf295
+# %% ../nbs/08_baselines.ipynb #d98ba4d6
 class AllCNN(nn.Sequential):
     "The all convolutional network with strides (Springenberg et al., 2015, Strided-CNN-C): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
     def __init__(self,
@@ -242,8 +246,7 @@ class AllCNN(nn.Sequential):
 @register_model
 def njet_allcnn(in_channels=3, num_classes=10, width=96, dropout=0.5, **conv_options):
     "All-CNN with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
-    options = dict(order=3, bias=False) | conv_options
-    return AllCNN(in_channels, num_classes, width, dropout, lambda i, o, stride: NJetConv2d(i, o, stride=stride, **options))
+    return AllCNN(in_channels, num_classes, width, dropout, _njet(**conv_options))
 
 # %% ../nbs/08_baselines.ipynb #8eef56ba
 class TCN(nn.Module):

@@ -41,7 +41,7 @@ from .resolution import dls_at, image_size, move_to, resolution_table, set_resol
 from .export import export_onnx, export_program
 from .plot import show_kernel_sizes, show_kernels
 
-# %% ../nbs/14_cli.ipynb #81adcdb6
+# %% ../nbs/14_cli.ipynb #008a10f9
 class Terminated(BaseException):
     "Somebody sent SIGTERM."
 
@@ -74,6 +74,7 @@ def user_errors(f):
         raise SystemExit(code)
     return _wrapped
 
+# %% ../nbs/14_cli.ipynb #097dea8a
 def has_checkpoint(folder):
     "Does a run folder hold a checkpoint, or the one before?"
     return any(p.exists() for p in (folder/'checkpoint.pt', previous(folder/'checkpoint.pt')))
@@ -268,7 +269,7 @@ def plain_log(learn):
         with learn.no_bar(): yield
     finally: learn.logger = logger
 
-# %% ../nbs/14_cli.ipynb #d62713ee
+# %% ../nbs/14_cli.ipynb #d0871924
 def say(*args):
     "`print`, in the first of several processes."
     if not rank_distrib(): print(*args, flush=True)
@@ -279,9 +280,11 @@ def train(learn,              # of `make_learner`
           resume=False):      # go on from its checkpoint?
     "Train as `cfg` says, into `folder`."
     rows, start, facts = [], 0, describe(learn)
+    if not rank_distrib():
+        for part in folder.glob('*.part'): part.unlink()      # of a run that was killed while it wrote
     if resume and has_checkpoint(folder):             # without one it was stopped in its first epoch, and starts again
         start, rows = load_checkpoint(learn, folder/'checkpoint.pt')
-        if start and not rank_distrib():                       # they may be missing, damaged, or an epoch ahead
+        if start and not rank_distrib():                       # the files may be missing, damaged, or an epoch ahead
             write_csv(folder/'metrics.csv', rows)
             save_weights(learn.model, folder/'model.safetensors')
         say(f'{folder}: {start} of {cfg["epochs"]} epochs are done')
@@ -294,6 +297,7 @@ def train(learn,              # of `make_learner`
     if cfg['target'] or cfg['test_sizes']: say_table(resolution_table(learn, cfg['test_sizes'] or [image_size(learn.dls), cfg['target']]), folder)
     if cfg['target']: train_at_target(learn, cfg, folder, resume)
 
+# %% ../nbs/14_cli.ipynb #40b12d18
 def say_table(rows, folder):
     "Print a table of resolutions, and write it to the folder."
     for row in [{k: k for k in rows[0]}, *rows]: say(*(str(v).rjust(11) for v in row.values()))

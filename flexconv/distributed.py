@@ -98,7 +98,7 @@ def unsync_batch_norm(model):
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.__dict__.pop('forward', None)
 
-# %% ../nbs/10a_distributed.ipynb #58fa77b4
+# %% ../nbs/10a_distributed.ipynb #69dad0c3
 class SameTrainer(DistributedTrainer):
     "fastai's `DistributedTrainer` with the batches, and the batch statistics, of a single process. Every process validates on the whole validation set, so that metrics are exact."
     def before_fit(self):
@@ -116,6 +116,7 @@ class SameTrainer(DistributedTrainer):
 
 def _silent(*args, **kwargs): pass
 
+# %% ../nbs/10a_distributed.ipynb #8dc71b56
 @contextmanager
 def all_processes(learn,            # a fastai `Learner`, made alike in every process
                   reseed=True):     # give each process random numbers (dropout) of its own? not where `load_checkpoint` has
@@ -132,6 +133,7 @@ def all_processes(learn,            # a fastai `Learner`, made alike in every pr
         trainer.after_fit()
         learn.remove_cb(trainer).add_cbs(cbs)
 
+# %% ../nbs/10a_distributed.ipynb #a46caab3
 def use_this_device(device=None):      # 'cpu', or None for a GPU where there is one
     "In each of several processes, once and first: connect to the others, and choose a GPU."
     if num_distrib() <= 1: return

@@ -39,6 +39,7 @@ def outcome(folder):
     "What must be the same: weights, bit for bit, and the table of epochs without its seconds."
     rows = [[v for k, v in r.items() if k != 'seconds'] for r in cli.read_csv(folder/'metrics.csv')]
     state = torch.load(folder/'checkpoint.pt', weights_only=True)
+    assert not list(folder.glob('*.part')), 'left behind'
     return (folder/'model.safetensors').read_bytes(), rows, state['epoch'], [r['torch'].tolist() for r in state['random']]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from flexconv import (CKConv1d, FlexConv1d, FlexConv2d, FlexNet, GaussianMask, MAGNet, aliasing_loss, conv_nd, create_kernel_network, create_model, highest_frequency,
+from flexconv import (FlexConv1d, FlexConv2d, FlexNet, GaussianMask, MAGNet, aliasing_loss, conv_nd, create_kernel_network, create_model, highest_frequency,
                       nyquist_frequency, position_grid, cli)
 from flexconv.baselines import CIFARResNet, DeformableConv2d, DilatedBasisConv2d, NJetConv2d, TCN
 from flexconv.conv import LowRankKernel
@@ -17,7 +17,7 @@ from flexconv.flexnet import FlexTCN
 from flexconv.learner import AliasingLoss, KernelNorm, flex_learner, kernel_norm, load_checkpoint, load_weights
 from flexconv.plot import show_kernel_sizes, show_kernels, show_spectra
 from flexconv.resolution import dls_at, set_resolution
-from flexconv.results import measured, read_runs
+from flexconv.results import read_runs
 
 x1, x2 = torch.randn(2, 3, 20), torch.randn(2, 3, 12, 12)
 dls = get_dls('digits', max_items=128)

@@ -200,8 +200,7 @@ def test_flexnet3(golden, close, dtype):
         opt.step()
         ours = torch.stack([mask_params(m) for m in layers])
         assert (ours - g['mask_params_after_step'][step]).abs().max() < 3e-4*(step+1)
-    if dtype == torch.float64:
-        with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.05, 'logits after training')
+    with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.05 if dtype == torch.float64 else 0.08, 'logits after training')
 
 
 def check_first_gradients(net, layers, g, rename, close):
