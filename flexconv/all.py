@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/15_all.ipynb #af6d95db
+# %% ../nbs/15_all.ipynb #920905bf
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -28,6 +28,7 @@ from .distributed import *
 from .resolution import *
 from .export import *
 from .plot import *
+from .jupyter import *
 from .cli import flexconv_eval, flexconv_export, flexconv_train
 
 # %% ../nbs/15_all.ipynb #1493fba8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ScaledBasis', 'gaussian_derivatives', 'GaussianDerivatives', 'ScaledBasisConv', 'NJetConv1d', 'NJetConv2d',
-           'DilatedBasis', 'DilatedBasisConv2d', 'DeformableConv2d', 'PadShortcut', 'conv3x3', 'CIFARResNet',
-           'cifar_resnet32', 'cifar_resnet44', 'flexnet7_njet', 'njet_resnet32', 'AllCNN', 'njet_allcnn', 'TCN', 'tcn']
+           'DilatedBasis', 'DilatedBasisConv2d', 'DeformableConv2d', 'PadShortcut', 'CIFARResNet', 'cifar_resnet32',
+           'cifar_resnet44', 'flexnet7_njet', 'njet_resnet32', 'AllCNN', 'njet_allcnn', 'TCN', 'tcn']
 
 # %% ../nbs/08_baselines.ipynb #2c1f9c71
 import math
@@ -173,6 +173,7 @@ class PadShortcut(nn.Module):
         self.new = out_channels - in_channels
     def forward(self, x): return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
 
+# %% ../nbs/08_baselines.ipynb #bafe1e3c
 def conv3x3(in_channels, out_channels, stride=1):
     "The 3x3 convolution of residual networks: padding 1, no bias, initialised as He et al. (2015) do."
     conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)

@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_masks', 'MaskAdam', 'initial_sigma', 'model_for', 'KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm',
-           'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'flex_learner', 'cosine_schedule',
-           'write_atomically', 'sync_folder', 'size_text', 'write_csv', 'read_csv', 'train_dl', 'random_state',
-           'set_random_state', 'of_all_processes', 'previous', 'save_checkpoint', 'read_checkpoint', 'misfits',
-           'load_checkpoint', 'save_weights', 'checksum', 'load_weights', 'RunRecorder']
+           'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'flex_learner', 'cosine_schedule', 'read_csv',
+           'save_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights', 'RunRecorder']
 
 # %% ../nbs/10_learner.ipynb #78b4786f
 import csv, hashlib, inspect, io, os, random, time, warnings, zipfile
@@ -277,6 +275,7 @@ def write_csv(path, rows):
     writer.writeheader(); writer.writerows(rows)
     write_atomically(path, text.getvalue())
 
+# %% ../nbs/10_learner.ipynb #2be4ada9
 def read_csv(path):
     "The rows of a csv file as dicts of strings."
     with open(path, newline='') as f: return list(csv.DictReader(f))
@@ -318,9 +317,10 @@ def _plain_types(o):
     if isinstance(o, (list, tuple, L)): return type(o)(map(_plain_types, o)) if type(o) in (list, tuple) else list(map(_plain_types, o))
     return o.tolist() if isinstance(o, (np.generic, np.ndarray)) else o
 
+# %% ../nbs/10_learner.ipynb #93467a10
 def save_checkpoint(learn, path, epoch,
                     rows=()):     # what was recorded so far, a list of dicts
-    "Everything needed to go on after `epoch` epochs. The checkpoint that was there becomes the `previous` one."
+    "Everything needed to go on after `epoch` epochs. The checkpoint that was there becomes the previous one."
     states, file = of_all_processes(random_state(learn)), io.BytesIO()
     if rank_distrib(): return
     torch.save(dict(epoch=epoch, model=get_model(learn.model).state_dict(), opt=_plain_types(learn.opt.state_dict()), random=states, rows=list(rows)), file)
@@ -329,6 +329,7 @@ def save_checkpoint(learn, path, epoch,
     if Path(path).exists(): os.replace(path, previous(path))
     os.replace(part, path)
 
+# %% ../nbs/10_learner.ipynb #8d6b1ecb
 def read_checkpoint(path):
     "What `save_checkpoint` saved, checked; a ValueError that names a file which is damaged or something else."
     try:
@@ -371,12 +372,14 @@ def save_weights(model, path):
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in get_model(model).state_dict().items()}       # a clone: tensors that share memory are refused
     write_atomically(path, safetensors.torch.save(weights, dict(sha256=checksum(weights))))
 
+# %% ../nbs/10_learner.ipynb #6be3ffaa
 def checksum(weights):
     "SHA-256 of named tensors."
     digest = hashlib.sha256()
     for name in sorted(weights): digest.update(name.encode()); digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../nbs/10_learner.ipynb #31562c89
 def load_weights(model, path):
     "Weights of `save_weights` (or any safetensors) into a model; a ValueError that names the file where it is damaged or does not fit."
     path = Path(path)

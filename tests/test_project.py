@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = 'kernels magnet mask crop conv layers aliasing flexnet baselines data learner distributed resolution export plot cli bench results'.split()
+MODULES = 'kernels magnet mask crop conv layers aliasing flexnet baselines data learner distributed resolution export plot jupyter cli bench results site'.split()
 
 
 def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
@@ -22,7 +22,7 @@ def test_import_is_light():
 
 def test_all_gives_everything():
     names = set(python('from flexconv.all import *; print(*globals())').split())
-    for module in MODULES[:-2]:          # bench and results come after all
+    for module in MODULES[:-3]:          # bench, results and site come after all
         public = set(import_module(f'flexconv.{module}').__all__) if module != 'cli' else {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
     assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
@@ -55,6 +55,7 @@ def test_notebook_is_fit_to_print(notebook):
             text = json.dumps({k: v for k, v in out.items() if k != 'metadata'})
             assert out['output_type'] != 'error' and out.get('name') != 'stderr', text[:500]
             assert not re.search(r'/(work|root|tmp|home)/', text), text[:500]
+            assert not re.search(r'\w*Warning:|Traceback', text), text[:500]
 
 
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p.stem != 'index'], ids=lambda p: p.stem)
