@@ -44,7 +44,8 @@ def test_twenty_kills(tmp_path):
 
 @pytest.mark.parametrize('sign,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_polite_stops_say_how_to_go_on(sign, code, tmp_path):
-    process = subprocess.Popen([BIN/'flexconv_train', *SMALL[2:], '--epochs', '500', '--out', tmp_path/'run'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = subprocess.Popen([BIN/'flexconv_train', *SMALL[2:], '--epochs', '500', '--out', tmp_path/'run'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # what runs in the background ignores it
     for line in process.stdout:
         if line.split()[:1] == ['1']: break
     process.send_signal(sign)
