@@ -13,7 +13,7 @@ setup(
     version=cfg['version'],
     description=cfg['description'],
     keywords=cfg['keywords'],
-    long_description=(here/'README.md').read_text(encoding='utf-8').replace('](nbs/', f'](https://raw.githubusercontent.com/{cfg["user"]}/{cfg["repo"]}/{cfg["branch"]}/nbs/'),      # PyPI has no pictures of its own
+    long_description=(here/'README.md').read_text(encoding='utf-8').replace('](nbs/', f'](https://raw.githubusercontent.com/{cfg["user"]}/{cfg["repo"]}/v{cfg["version"]}/nbs/'),      # PyPI has no pictures of its own
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],

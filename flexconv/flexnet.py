@@ -8,15 +8,17 @@ __all__ = ['ResidualBlock', 'FlexNet', 'TemporalBlock', 'FlexTCN', 'register_mod
            'flexnet7_conv3', 'flexnet7_conv33', 'flextcn2', 'flextcn4', 'flextcn6', 'cktcn', 'cktcn_big',
            'cktcn_magnet', 'conv_layers', 'kernel_sizes', 'LayerTable', 'layer_table']
 
-# %% ../nbs/07_flexnet.ipynb #1fb874dd
+# %% ../nbs/07_flexnet.ipynb #ff83f4ee
+import copy
 from fnmatch import fnmatch
+from functools import partial
 from html import escape
 import torch
 from torch import nn
 from .kernels import check_choice, check_number, per_axis
 from .layers import CKConv, CKConv1d, CKConv2d, FlexConv1d, FlexConv2d
 
-# %% ../nbs/07_flexnet.ipynb #e6a5f5a7
+# %% ../nbs/07_flexnet.ipynb #3afefced
 class ResidualBlock(nn.Module):
     "Two convolutions and a shortcut, `(B, in_channels, *S)` to `(B, out_channels, *S)`."
     def __init__(self,
@@ -36,7 +38,7 @@ class ResidualBlock(nn.Module):
         h = self.dropout(self.norm1(self.conv1(x)).relu())
         return (self.norm2(self.conv2(h)) + self.shortcut(x)).relu()
 
-# %% ../nbs/07_flexnet.ipynb #36722492
+# %% ../nbs/07_flexnet.ipynb #af1d1f06
 class FlexNet(nn.Module):
     "Residual network at full resolution (Romero, Bruintjes et al., 2022): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
     def __init__(self,
@@ -65,7 +67,7 @@ class FlexNet(nn.Module):
         x = self.blocks(x)                           # (B, widths[-1], H, W)
         return self.head(x.mean(dim=(2, 3)))         # (B, num_classes)
 
-# %% ../nbs/07_flexnet.ipynb #3b53d896
+# %% ../nbs/07_flexnet.ipynb #3a1121e4
 class TemporalBlock(ResidualBlock):
     "A `ResidualBlock` with a second ReLU and dropout before the sum, `(B, in_channels, L)` to `(B, out_channels, L)`."
     def forward(self, x):
@@ -73,7 +75,7 @@ class TemporalBlock(ResidualBlock):
         h = self.dropout(self.norm2(self.conv2(h)).relu())
         return (h + self.shortcut(x)).relu()
 
-# %% ../nbs/07_flexnet.ipynb #b4cfc99b
+# %% ../nbs/07_flexnet.ipynb #31579ea2
 class FlexTCN(nn.Module):
     "Residual network of causal convolutions (Romero, Bruintjes et al., 2022): sequences `(B, in_channels, L)` to scores `(B, num_classes)`."
     def __init__(self,
@@ -99,22 +101,22 @@ class FlexTCN(nn.Module):
         x = self.blocks(x)               # (B, width, L)
         return self.head(x[..., -1])     # (B, num_classes)
 
-# %% ../nbs/07_flexnet.ipynb #378c1af9
+# %% ../nbs/07_flexnet.ipynb #ac859e3e
 model_registry = {}    # name -> function `(in_channels, num_classes, **kwargs)` that makes the network
 
-# %% ../nbs/07_flexnet.ipynb #97fb1aa2
+# %% ../nbs/07_flexnet.ipynb #dfddea0c
 def register_model(fn):    # function `(in_channels, num_classes, **kwargs)`; its name is the model's
     "Decorator: makes a network available to `create_model` under the function's name."
     model_registry[fn.__name__] = fn
     return fn
 
-# %% ../nbs/07_flexnet.ipynb #ffc95f62
+# %% ../nbs/07_flexnet.ipynb #fa83bc78
 def list_models(pattern='*',    # shell-style, e.g. 'flexnet*'
                ):
     "Names of the registered models that match, sorted."
     return sorted(n for n in model_registry if fnmatch(n, pattern))
 
-# %% ../nbs/07_flexnet.ipynb #16738543
+# %% ../nbs/07_flexnet.ipynb #14b51a8b
 def create_model(name,               # see `list_models`
                  in_channels=3,      # channels of the input
                  num_classes=10,     # length of the scores
@@ -122,13 +124,13 @@ def create_model(name,               # see `list_models`
     "A network by name. Raises ValueError for a name that nobody registered, TypeError for an argument it does not take."
     return model_registry[check_choice(name, model_registry, 'name')](in_channels, num_classes, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #a75b704b
+# %% ../nbs/07_flexnet.ipynb #4beeecac
 def _flexnet(counts, in_channels, num_classes, width, **kwargs):
     "A FlexNet with `counts` many blocks of 1, 1.5 and 2 times `width`."
     widths = tuple(int(width*f) for f, n in zip((1, 1.5, 2), counts) for _ in range(n))
     return FlexNet(in_channels, num_classes, widths, width, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #a0258309
+# %% ../nbs/07_flexnet.ipynb #a691b221
 @register_model
 def flexnet3(in_channels=3, num_classes=10, width=24, **kwargs):
     "FlexNet with 3 residual blocks."
@@ -144,7 +146,7 @@ def flexnet7(in_channels=3, num_classes=10, width=24, **kwargs):
     "FlexNet with 7 residual blocks, the paper's best."
     return _flexnet((2, 3, 2), in_channels, num_classes, width, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #d121139f
+# %% ../nbs/07_flexnet.ipynb #b0cade96
 @register_model
 def flexnet7_siren(in_channels=3, num_classes=10, **kwargs):
     "FlexNet-7 with SIREN kernels."
@@ -165,12 +167,12 @@ def ckcnn7_magnet(in_channels=3, num_classes=10, **kwargs):
     "FlexNet-7 without masks (CKConv)."
     return flexnet7(in_channels, num_classes, conv=CKConv2d, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #38ebc1c2
+# %% ../nbs/07_flexnet.ipynb #70a3ba93
 def plain_conv2d(in_channels, out_channels, kernel_size):
     "An `nn.Conv2d` whose output has the size of its input."
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding='same')
 
-# %% ../nbs/07_flexnet.ipynb #12bd8b5a
+# %% ../nbs/07_flexnet.ipynb #32f9936e
 @register_model
 def flexnet7_conv3(in_channels=3, num_classes=10, kernel_size=3, **kwargs):
     "FlexNet-7 with plain 3x3 convolutions."
@@ -181,7 +183,7 @@ def flexnet7_conv33(in_channels=3, num_classes=10, kernel_size=33, **kwargs):
     "FlexNet-7 with plain 33x33 convolutions."
     return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #9fdb0ba7
+# %% ../nbs/07_flexnet.ipynb #10e1672e
 @register_model
 def flextcn2(in_channels=1, num_classes=10, **kwargs):
     "FlexTCN with 2 residual blocks."
@@ -197,7 +199,7 @@ def flextcn6(in_channels=1, num_classes=10, **kwargs):
     "FlexTCN with 6 residual blocks."
     return FlexTCN(in_channels, num_classes, 6, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #499de24e
+# %% ../nbs/07_flexnet.ipynb #0dc2d181
 @register_model
 def cktcn(in_channels=1, num_classes=10, **kwargs):
     "CKTCN (Romero et al., 2021): 2 residual blocks without masks, with weight-normalised SIREN kernels."
@@ -213,7 +215,7 @@ def cktcn_magnet(in_channels=1, num_classes=10, **kwargs):
     "CKTCN with MAGNet kernels."
     return FlexTCN(in_channels, num_classes, 2, conv=CKConv1d, **kwargs)
 
-# %% ../nbs/07_flexnet.ipynb #1dce38a5
+# %% ../nbs/07_flexnet.ipynb #1de4b9df
 def conv_layers(model):
     "The CKConv and FlexConv layers of a model by name, in the order of its modules."
     return {name: m for name, m in model.named_modules() if isinstance(m, CKConv)}
@@ -222,21 +224,25 @@ def kernel_sizes(model):
     "Current kernel size in pixels of every CKConv and FlexConv of a model: `{name: tuple}`."
     return {name: m.size for name, m in conv_layers(model).items()}
 
-# %% ../nbs/07_flexnet.ipynb #8559c706
+# %% ../nbs/07_flexnet.ipynb #84a34e11
 class LayerTable:
     "Rows of `layer_table`, which a notebook shows as a table, in HTML or Markdown."
-    def __init__(self, rows, note=''): self.rows, self.note = rows, note
+    def __init__(self,
+                 rows,       # a dict for each row; keys with a `_` in front are not shown, `_icon` is SVG
+                 note=''):   # a line below
+        if not rows: raise ValueError(f'rows must have one dict or more; got {rows!r}')
+        self.rows, self.note = rows, note
 
     def _cells(self): return [{k: v for k, v in row.items() if not k.startswith('_')} for row in self.rows]
 
     def _repr_markdown_(self):
-        lines = [list(self._cells()[0]), ['---']*len(self._cells()[0]), *(list(map(str, row.values())) for row in self._cells())]
+        lines = [list(self._cells()[0]), ['---']*len(self._cells()[0]), *([escape(str(v)).replace('|', '\\|') for v in row.values()] for row in self._cells())]
         return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + f'\n\n{self.note}'
 
     def _repr_html_(self):
         style = 'style="text-align: left; padding: 0.1em 0.8em"'
         head = ''.join(f'<th {style}>{k}</th>' for k in ('', *self._cells()[0]))
-        body = ''.join(f'<tr><td>{row["_icon"]}</td>' + ''.join(f'<td {style}>{escape(str(v))}</td>' for v in cells.values()) + '</tr>' for row, cells in zip(self.rows, self._cells()))
+        body = ''.join(f'<tr><td>{row.get("_icon", "")}</td>' + ''.join(f'<td {style}>{escape(str(v))}</td>' for v in cells.values()) + '</tr>' for row, cells in zip(self.rows, self._cells()))
         return f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p>{escape(self.note)}</p>'
 
     def __repr__(self):
@@ -253,14 +259,15 @@ def _size_icon(layer):
     frame, used = box(0, 0, 1, 1, 'fill="none" stroke="currentColor" stroke-opacity="0.4"'), box(c0/columns, r0/rows, (c1-c0)/columns, (r1-r0)/rows, 'fill="#b2182b"')
     return f'<svg width="24" height="24" role="img" aria-label="part of the frame in use">{used}{frame}</svg>'
 
-# %% ../nbs/07_flexnet.ipynb #68a994cd
+# %% ../nbs/07_flexnet.ipynb #a6de6ed6
 def layer_table(model,      # a network, or a layer
-                x=None,     # an input of the network, or its shape: then the table says which engine computes each layer
+                x=None,     # an input of the network, a tuple of several, or the shape of one: then the table says which engine computes each layer
                ):
     "The continuous layers of a model, with learned sizes in pixels (samples for sequences), sigma, engine and number of parameters: a `LayerTable`."
     layers = conv_layers(model)
     if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
-    engines = {name: m.conv_method for name, m in layers.items()} if x is None else _engines(model, layers, x)
+    if _on_meta(model): raise ValueError('model must hold values; it is on the meta device')
+    engines = {name: m.conv_method for name, m in layers.items()} if x is None else _engines(model, x)
     count = lambda m: sum(p.numel() for p in m.parameters())
     times = lambda size: '×'.join(map(str, size))
     rows = [dict(layer=name or type(m).__name__, channels=f'{m.in_channels} → {m.out_channels}', size=times(m.size), of=times(m.grid_size),
@@ -268,20 +275,22 @@ def layer_table(model,      # a network, or a layer
                  _icon=_size_icon(m)) for name, m in layers.items()]
     return LayerTable(rows, f'{type(model).__name__}, {count(model):,} parameters')
 
-@torch.no_grad()
-def _engines(model, layers, x):
-    "Which way each layer takes for an input `x`."
-    if not isinstance(x, torch.Tensor):
-        p = next(model.parameters())
-        x = torch.zeros(x, dtype=p.dtype, device=p.device)
-    ways, names, modes = {}, {m: n for n, m in layers.items()}, {m: m.training for m in model.modules()}
-    hooks = [m.register_forward_pre_hook(lambda m, args: ways.update({names[m]: m.way(args[0])})) for m in layers.values()]
-    try: model.eval()(x)
-    finally:
-        for m, mode in modes.items(): m.training = mode
-        for h in hooks: h.remove()
-    return {name: ways.get(name, 'not used') for name in layers}
+def _on_meta(model): return any(p.is_meta for p in model.parameters())
 
-# %% ../nbs/07_flexnet.ipynb #ed58f11c
-def _repr_html_(self): return layer_table(self)._repr_html_() if conv_layers(self) else None      # None: the tree, as for any module
+@torch.no_grad()
+def _engines(model, x):
+    "Which way each layer takes for an input, several inputs, or an input of a shape: asked of a copy, so that nothing in the model changes."
+    if isinstance(x, (tuple, list)) and x and all(isinstance(n, int) for n in x):
+        p = next(model.parameters(), torch.empty(0))
+        x = torch.zeros(x, dtype=p.dtype, device=p.device)
+    inputs = x if isinstance(x, (tuple, list)) else (x,)
+    if not inputs or not all(isinstance(t, torch.Tensor) for t in inputs): raise TypeError(f'x must be an input of the model, a tuple of its inputs, or a shape; got {x!r:.100}')
+    model, ways = copy.deepcopy(model).eval(), {}
+    def ask(name, m, args, kwargs): ways.setdefault(name, []).append(m.way(*args, **kwargs))
+    for name, m in conv_layers(model).items(): m.register_forward_pre_hook(partial(ask, name), with_kwargs=True)
+    model(*inputs)
+    return {name: ', '.join(dict.fromkeys(ways.get(name, ['not used']))) for name in conv_layers(model)}
+
+# %% ../nbs/07_flexnet.ipynb #dd19b99b
+def _repr_html_(self): return layer_table(self)._repr_html_() if conv_layers(self) and not _on_meta(self) else None      # None: the tree, as for any module
 FlexNet._repr_html_ = FlexTCN._repr_html_ = _repr_html_

@@ -82,10 +82,15 @@ def model_for(dls,          # fastai `DataLoaders` of images or sequences
 class KernelSizes(Callback):
     "Records every layer's kernel size at the start and after each epoch, in `history`: `[{layer: (rows, columns)}, ...]`."
     order, run_valid = 55, False
-    def __init__(self): self.history = []
+    def __init__(self): self.history, self.start, self.trained = [], 0, False       # start: epochs done before the first record
     def before_fit(self):
         if not self.history: self.history.append(kernel_sizes(self.model))
-    def after_epoch(self): self.history.append(kernel_sizes(self.model))
+    def before_train(self):
+        if len(self.history) == 1: self.start = self.epoch
+        self.trained = not hasattr(self.learn, 'lr_finder')
+    def after_epoch(self):                                     # of `validate` and `get_preds` as well
+        if self.trained: self.history.append(kernel_sizes(self.model))
+        self.trained = False
 
 # %% ../nbs/10_learner.ipynb #0b89d0b9
 class RefreshSizes(Callback):
@@ -237,6 +242,7 @@ def fit_cosine(self:Learner,
 
 def _fit_from(learn, start_epoch):
     "`Learner._do_fit` from a later epoch."
+    if start_epoch and getattr(getattr(learn, 'progress', None), 'mbar', None): learn.progress.mbar.update(0)      # a bar must begin with 0
     for epoch in range(start_epoch, learn.n_epoch):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)

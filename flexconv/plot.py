@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['kernel_frame', 'show_kernel', 'size_bar', 'show_kernels', 'show_kernel_sizes', 'kernel_spectrum', 'show_spectra']
 
-# %% ../nbs/13_plot.ipynb #d7574d2b
+# %% ../nbs/13_plot.ipynb #5a78196f
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 from .kernels import per_axis, position_grid
 from .crop import crop
-from .layers import sample
+from .layers import CKConv, sample
 from .aliasing import nyquist_frequency
 from .flexnet import conv_layers
 
-# %% ../nbs/13_plot.ipynb #960a183a
-def _drawable(model):
-    "The 1D and 2D layers of a model, or the model itself if it is one, or those of a dict; a ValueError if there are none."
-    layers = {name or type(m).__name__: m for name, m in (model if isinstance(model, dict) else conv_layers(model)).items() if m.ndim <= 2}
-    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers of 1 or 2 dimensions; {type(model).__name__} has none')
+# %% ../nbs/13_plot.ipynb #fa7f0626
+def _drawable(model, dimensions=2):
+    "The layers of a model of up to so many dimensions, or the model itself if it is one, or those of a dict; a ValueError if there are none."
+    layers = {name or type(m).__name__: m for name, m in (model if isinstance(model, dict) else conv_layers(model)).items()}
+    if wrong := [name for name, m in layers.items() if not isinstance(m, CKConv)]: raise TypeError(f'model must be a network, a layer, or a dict of CKConv and FlexConv layers; {wrong[0]} is {type(layers[wrong[0]]).__name__}')
+    layers = {name: m for name, m in layers.items() if m.ndim <= dimensions}
+    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers of up to {dimensions} dimensions; {type(model).__name__} has none')
     return layers
 
 # %% ../nbs/13_plot.ipynb #62642f9f
@@ -130,13 +132,12 @@ def kernel_spectrum(layer,          # a CKConv or FlexConv
     share = torch.bincount(which.flatten(), energy.flatten(), len(edges)+1)[1:]/energy.sum()
     return edges + 0.25, share
 
-# %% ../nbs/13_plot.ipynb #8b682375
-def show_spectra(model,             # a layer, or a network
+# %% ../nbs/13_plot.ipynb #662c93b1
+def show_spectra(model,             # a layer, a network, or a dict of layers by name
                  oversample=4,      # see `kernel_spectrum`
                  ax=None):
     "Energy over frequency of every layer's kernels; the dashed line is the Nyquist frequency of its grid."
-    layers = {n or type(m).__name__: m for n, m in conv_layers(model).items()}
-    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
+    layers = _drawable(model, 3)
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for (name, layer), c in zip(layers.items(), plt.cm.viridis(np.linspace(0, 0.9, len(layers)))):
         freqs, share = kernel_spectrum(layer, oversample)

@@ -88,5 +88,5 @@ def test_readme_commands_exist():
 def test_sidebar_names_every_page():
     text = (ROOT/'_quarto.yml').read_text()
     assert (ROOT/'nbs/_quarto.yml').is_symlink()
-    named = set(re.findall(r'[\w/]+\.ipynb', text))
+    named = {n.lstrip('/') for n in re.findall(r'[\w/]+\.ipynb', text)}
     assert named == {str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS}

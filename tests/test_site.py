@@ -1,8 +1,9 @@
 "The site, as far as it goes without Quarto: notebooks processed as `nbdev_docs` does before rendering, and every link, anchor, picture and option in them."
-import ast, json, re, shutil, subprocess, sys
+import ast, io, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
-import pytest, yaml
+import numpy as np, pytest, yaml
+from PIL import Image
 from fastcore.docments import docments
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +55,9 @@ class Page:
 
     @property
     def anchors(self):
-        heads = re.findall(r'^#{1,6} +(.+?) *$', self.text, re.M)
-        explicit = re.findall(r'\{[^}]*#([\w.:-]+)[^}]*\}|\bid="([^"]+)"', self.text)
-        return set(map(anchor, heads)) | {a or b for a, b in explicit}
+        heads = re.findall(r'(?:\A|\n[ \t]*\n)#{1,6} +(.+?) *(?=\n|\Z)', self.text)             # without a blank line before, it is no heading
+        explicit = re.findall(r'^#.*\{[^}]*#([\w.:-]+)[^}]*\}', self.text, re.M) + re.findall(r'\bid="([^"]+)"', self.text)
+        return set(map(anchor, heads)) | set(explicit)
 
 
 def anchor(heading):
@@ -160,7 +161,10 @@ def test_config_names_what_exists(site):
     named = [page for part in web['sidebar']['contents'] for page in ([part] if isinstance(part, str) else part['contents'])]
     assert len(named) == len(set(named)) and set(named) == sources
     assert all(item['href'] in sources for item in web['navbar']['left'])
-    for image in web['favicon'], web['image'], web['navbar']['logo'], CONFIG['format']['html']['css']: assert (folder/image).is_file(), image
+    assert web['open-graph']['image'] == web['twitter-card']['image'] == '/images/card.png'      # from the root: pages lie in folders
+    for file in web['favicon'], 'images/card.png', web['navbar']['logo'], CONFIG['format']['html']['css']: assert (folder/file).is_file(), file
+    footer = re.findall(r'\]\(([^)]+)\)', ' '.join(web['page-footer'].values()))
+    assert footer and all(link.startswith('https://') or link[0] == '/' and link[1:] in sources for link in footer), footer
     assert CONFIG['project']['output-dir'] == '_docs' and set(CONFIG['format']['html']['theme']) == {'light', 'dark'}
 
 
@@ -170,6 +174,8 @@ def test_drawings_are_what_their_script_draws():
     try: import logo
     finally: sys.path.pop(0)
     assert logo.svg(logo.mark()) == (ROOT/'nbs/images/logo.svg').read_text()
+    drawn, saved = (np.asarray(Image.open(f).convert('RGB'), dtype=int) for f in (io.BytesIO(logo.favicon(logo.mark())), ROOT/'nbs/images/favicon.png'))
+    assert abs(drawn - saved).max() < 8
     assert (ROOT/'nbs/images/card.png').stat().st_size < 300_000 and len(logo.trained().blocks) == 7
 
 

@@ -245,3 +245,16 @@ def test_a_damaged_image_is_named(tmp_path):
     with pytest.raises(ValueError, match='1.png is not a readable image'): read_split(tmp_path, 'ab', 'L', 6)
     Image.new('L', (9, 9)).save(victim)
     with pytest.raises(ValueError, match='1.png is 9x9 pixels'): read_split(tmp_path, 'ab', 'L', 6)
+
+
+def test_a_progress_bar_may_begin_late():
+    "fastai's bar expects to be told of 0 first; and what is recorded is what was trained."
+    dls = get_dls('digits', max_items=64)
+    learn = flex_learner(dls, model_for(dls, 'flexnet3', width=4))
+    learn.fit_cosine(3, start_epoch=1)
+    sizes = learn.kernel_sizes
+    assert (len(sizes.history), sizes.start) == (3, 1)
+    learn.validate(); learn.get_preds()
+    assert len(sizes.history) == 3
+    learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None)
+    assert len(sizes.history) == 3

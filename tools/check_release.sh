@@ -19,5 +19,6 @@ for file in "dist/flexconv-$version.tar.gz" "dist/flexconv-$version-py3-none-any
     accuracy=$(sed -n 's/^Last epoch: accuracy \([0-9.]*\)%.*/\1/p' "$work/run/train.log")
     found=$(cd "$work/run" && "$env/bin/python" -c 'import flexconv; print(flexconv.__version__)')
     echo "$file: version $found, $accuracy% of the held-out digits"
-    [ "$found" = "$version" ] && awk "BEGIN { exit !($accuracy >= 97) }"
+    test "$found" = "$version"
+    awk "BEGIN { exit !($accuracy >= 97) }"
 done
