@@ -32,7 +32,7 @@ if __name__ == '__main__':
 class Page:
     "A processed notebook or a Markdown file: its front matter, text, and cells with pictures."
     def __init__(self, path, root):
-        self.source, self.figures = path.relative_to(root), []
+        self.source, self.figures, self.code = path.relative_to(root), [], []
         if path.suffix == '.md': self.text, self.name = path.read_text(), self.source.with_suffix('.html')
         else:
             cells = json.loads(path.read_text())['cells']
@@ -40,6 +40,7 @@ class Page:
             self.front = yaml.safe_load(front.strip().strip('-')) if front.startswith('---') else {}
             self.name = self.source.with_name(self.front.get('output-file', self.source.with_suffix('.html').name))
             self.text = '\n\n'.join(t for i, c in enumerate(cells) if i or not front.startswith('---') for t in self.texts(c))
+            self.code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
             self.figures = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
         self.text = re.sub(r'^(`{3,}|~{3,}).*?^\1', '', self.text, flags=re.M | re.S)       # examples of Markdown are not Markdown
 
@@ -153,6 +154,17 @@ def test_figures_have_captions_and_alternative_texts(site):
                 assert texts and all(len(t) > 20 for t in ([texts] if isinstance(texts, str) else texts)), f'{page.source}: {key} is missing in\n{source}'
             count += 1
     assert count > 50
+
+
+def test_cell_options_are_those_of_quarto(site):
+    "What is left of `#|` lines must be YAML: a directive of nbdev among them would stop Quarto."
+    pages, _ = site
+    known = {'echo', 'output', 'code-fold', 'code-summary', 'fig-cap', 'fig-alt'}
+    for page in pages.values():
+        for source in page.code:
+            lines = re.findall(r'^#\|(.*)$', source, re.M)
+            options = yaml.safe_load('\n'.join(l.strip() for l in lines)) or {}
+            assert isinstance(options, dict) and set(options) <= known, f'{page.source}: {lines}'
 
 
 def test_config_names_what_exists(site):
