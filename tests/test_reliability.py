@@ -250,7 +250,7 @@ def test_seeds_repeat_runs(tmp_path):
 
 # Several processes ----------------------------------------------------------------------------------------------------------
 
-LAUNCH = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', BIN/'flexconv_train', '--device', 'cpu']
+LAUNCH = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '--mixed_precision', 'no', '--dynamo_backend', 'no', BIN/'flexconv_train', '--device', 'cpu']
 
 
 def launch(*options, **kwargs): return subprocess.Popen([BIN/LAUNCH[0], *map(str, LAUNCH[1:]), *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
