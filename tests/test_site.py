@@ -116,7 +116,7 @@ def test_wrong_links_are_found(site):
     pages, folder = site
     page = pages[Path('tutorials/first.html')]
     for good in ('convert.ipynb', '../index.ipynb', '../mask.html', '../mask.html#gaussianmask', SITE + 'conv.html', '../images/logo.svg', 'https://example.org/x'): assert misses(page, good, pages, folder) is None, good
-    for bad in ('mask.html', '../nothing.ipynb', '../mask.html#nothing', '#nothing', SITE + '02_mask.html', '../images/no.png', 'https://github.com/flexconv/flexconv/blob/main/nothing.py'): assert misses(page, bad, pages, folder), bad
+    for bad in ('mask.html', '../nothing.ipynb', '../mask.html#nothing', '#nothing', SITE + '03_mask.html', '../images/no.png', 'https://github.com/flexconv/flexconv/blob/main/nothing.py'): assert misses(page, bad, pages, folder), bad
 
 
 def test_backticked_names_become_links(site):
