@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['split_masks', 'MaskAdam', 'initial_sigma', 'model_for', 'KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm',
-           'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'flex_learner', 'cosine_schedule', 'read_csv',
-           'save_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights', 'RunRecorder']
+           'KernelNorm', 'NonFiniteLoss', 'StopNonFinite', 'WatchMasks', 'DevicePrecision', 'flex_learner',
+           'cosine_schedule', 'read_csv', 'save_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights',
+           'RunRecorder']
 
 # %% ../nbs/42_learner.ipynb #78b4786f
 import csv, hashlib, inspect, io, os, random, time, warnings, zipfile
@@ -23,6 +24,7 @@ from fastcore.foundation import L
 # %% ../nbs/42_learner.ipynb #40156531
 import flexconv.data    # first: it keeps fastai's import quiet
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -53,7 +55,9 @@ class MaskAdam(OptimWrapper):
                  mask_lr=0.1,            # factor for masks
                  betas=(0.9, 0.999), eps=1e-8, weight_decay=0.):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
-        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+        params = [list(group) if isinstance(group, (list, tuple, L)) else [group] for group in params]
+        host = all(p.device.type == 'cpu' for group in params for p in group)             # there, one fused operation is fastest
+        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=host, foreach=not host)
 
     def set_hyper(self, k, v):
         if k == 'lr' and np.isscalar(v) and len(self.param_lists) == 2: v = [v*self.mask_lr, v]
@@ -193,6 +197,25 @@ class WatchMasks(Callback):
         mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
         return (mean > 1 + mask_reach(layer.mask.threshold)*sigma).any().item()
 
+# %% ../nbs/42_learner.ipynb #001d3a3c
+class DevicePrecision(Callback):
+    "Starts fastai's `MixedPrecision` on the device of the data, CUDA or not; on a CPU, images in half precision go to the model channels last."
+    order = -2                                     # before MixedPrecision
+    def before_fit(self):
+        mixed, self.half = getattr(self.learn, 'mixed_precision', None), False
+        if mixed is None or self.dls.device.type == 'cuda': return
+        self.half = self.dls.device.type == 'cpu'
+        mixed.before_fit = partial(self.start, mixed)
+
+    def start(self, mixed):
+        "What `MixedPrecision.before_fit` does, for this device."
+        device, dtype = self.dls.device.type, torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
+        mixed.autocast, mixed.scales = torch.autocast(device, dtype=dtype), L()
+        self.learn.scaler = torch.amp.GradScaler(device, **mixed.kwargs | dict(enabled=dtype == torch.float16))
+
+    def before_batch(self):
+        if self.half: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in self.xb)
+
 # %% ../nbs/42_learner.ipynb #ae2f160d
 def flex_learner(dls,                 # fastai `DataLoaders`
                  model='flexnet3',    # a model, or the name of one
@@ -208,7 +231,7 @@ def flex_learner(dls,                 # fastai `DataLoaders`
     if opt_func is not None and mask_lr is not None: raise ValueError('mask_lr is an argument of MaskAdam; with an opt_func of your own, give it the rates of both parameter groups')
     opt_func = opt_func or partial(MaskAdam, mask_lr=0.1 if mask_lr is None else mask_lr)
     return Learner(dls, model, loss_func, opt_func, check_number(lr, 'lr', 0), splitter=split_masks, metrics=metrics,
-                   cbs=L(KernelSizes(), RefreshSizes(), StopNonFinite(), WatchMasks()) + L(cbs), **kwargs)
+                   cbs=L(DevicePrecision(), KernelSizes(), RefreshSizes(), StopNonFinite(), WatchMasks()) + L(cbs), **kwargs)
 
 # %% ../nbs/42_learner.ipynb #f0c3a1c1
 def cosine_schedule(lr,             # highest learning rate: a number, or an array with one per group
