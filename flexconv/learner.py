@@ -197,14 +197,14 @@ class WatchMasks(Callback):
         mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
         return (mean > 1 + mask_reach(layer.mask.threshold)*sigma).any().item()
 
-# %% ../nbs/42_learner.ipynb #001d3a3c
+# %% ../nbs/42_learner.ipynb #df28271e
 class DevicePrecision(Callback):
     "Starts fastai's `MixedPrecision` on the device of the data, CUDA or not; on a CPU, images in half precision go to the model channels last."
     order = -2                                     # before MixedPrecision
     def before_fit(self):
-        mixed, self.half = getattr(self.learn, 'mixed_precision', None), False
+        mixed, self.reorder = getattr(self.learn, 'mixed_precision', None), False
         if mixed is None or self.dls.device.type == 'cuda': return
-        self.half = self.dls.device.type == 'cpu'
+        self.reorder = self.dls.device.type == 'cpu'
         mixed.before_fit = partial(self.start, mixed)
 
     def start(self, mixed):
@@ -214,7 +214,7 @@ class DevicePrecision(Callback):
         self.learn.scaler = torch.amp.GradScaler(device, **mixed.kwargs | dict(enabled=dtype == torch.float16))
 
     def before_batch(self):
-        if self.half: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in self.xb)
+        if self.reorder: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in self.xb)
 
 # %% ../nbs/42_learner.ipynb #ae2f160d
 def flex_learner(dls,                 # fastai `DataLoaders`
