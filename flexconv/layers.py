@@ -15,7 +15,7 @@ from .kernels import KernelNetwork, accelerator, at_least_float32, check_choice,
 from .magnet import MAGNet       # registers 'magnet'
 from .mask import GaussianMask, gaussian, mask_reach
 from .crop import crop_axis, crop_bounds, crop_size, first_kept, inside, spacing
-from .conv import LowRankKernel, check_reach, conv_nd, conv_way, direct_conv_nd, methods, padding_modes, padding_pairs
+from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, direct_conv_nd, methods, padding_modes, padding_pairs
 
 # %% ../nbs/21_layers.ipynb #ae244943
 def _takes(kernel, argument):
@@ -213,11 +213,11 @@ def forward(self:CKConv,
     "Convolve: `(B, out_channels, *out)`."
     if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
     whole = self.padding_in_use(tuple((0, n) for n in self.grid_size))
-    check_reach(self.padding_mode, whole, x.shape[-self.ndim:])        # for the size it may grow to: not an hour into training
+    check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])        # for the size it may grow to: not an hour into training
     keep = not (self.training or torch.is_grad_enabled() or tracing())
-    kernel, bounds, spectra = self.remember() if keep else (*self.kernel_in_use(), None)
-    return conv_nd(x, kernel, self.bias, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation,
-                   padding_mode=self.padding_mode, method=self.conv_method, spectra=spectra)
+    kernel, bounds, kept = self.remember() if keep else (*self.kernel_in_use(), None)
+    return convolve(x, kernel, self.bias, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation,
+                   padding_mode=self.padding_mode, method=self.conv_method, kept=kept)
 
 @patch
 def way(self:CKConv,
@@ -225,7 +225,7 @@ def way(self:CKConv,
        ):
     "The way of convolution that `forward` takes for `x`: 'direct', 'fft' or 'lowrank'."
     kernel, bounds = self.kernel_in_use()
-    return conv_way(x, kernel, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method)
+    return conv_method(x, kernel, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method)
 
 # %% ../nbs/21_layers.ipynb #7b2009f0
 @patch

@@ -2,7 +2,10 @@
 import math
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from flexconv.conv import conv_nd, estimate_seconds, fast_length
+from flexconv.conv import conv_nd
+from flexconv.correlate import LowRankKernel
+from flexconv.costs import estimate_seconds
+from flexconv.transforms import fast_length, is_channels_last
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
@@ -35,7 +38,7 @@ def assert_close(a, b, dtype):
     assert (a - b).abs().max() <= TOLERANCE[dtype]*max(1, b.abs().max())
 
 
-@pytest.mark.parametrize('method', ['direct', 'fft', 'auto'])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'auto'])
 @settings(max_examples=120, deadline=None)
 @given(problems())
 def test_values_and_gradients(method, p):
@@ -48,7 +51,7 @@ def test_values_and_gradients(method, p):
     for a, b in zip(torch.autograd.grad(ours, wanted, r), torch.autograd.grad(theirs, wanted, r)): assert_close(a, b, p['dtype'])
 
 
-@pytest.mark.parametrize('method', ['direct', 'fft'])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_same_padding(method, p):
@@ -61,7 +64,7 @@ def test_same_padding(method, p):
 
 @pytest.mark.parametrize('mode', ['reflect', 'replicate', 'circular'])
 @pytest.mark.parametrize('ndim', [1, 2, 3])
-@pytest.mark.parametrize('method', ['direct', 'fft'])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
 def test_padding_modes(mode, ndim, method):
     if mode == 'reflect' and ndim == 3: size = (8, 8, 8)
     else: size = (9, 8, 7)[:ndim]
@@ -72,7 +75,7 @@ def test_padding_modes(mode, ndim, method):
 
 
 @pytest.mark.parametrize('length,taps', [(1, 1), (5, 9), (40, 7), (40, 8), (40, 40), (40, 100)])
-@pytest.mark.parametrize('method', ['direct', 'fft'])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
 def test_causal(length, taps, method):
     x, w = torch.randn(2, 3, length, dtype=torch.float64), torch.randn(4, 3, taps, dtype=torch.float64)
     want = torch.zeros(2, 4, length, dtype=torch.float64)
@@ -93,7 +96,7 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance):
 def test_autocast_is_torchs():
     x, w = torch.randn(1, 2, 9), torch.randn(3, 2, 5)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        for method in ('direct', 'fft'):
+        for method in ('direct', 'fft', 'matmul'):
             assert conv_nd(x, w, method=method).dtype == F.conv1d(x, w).dtype == torch.bfloat16
             assert conv_nd(x.double(), w.double(), method=method).dtype == F.conv1d(x.double(), w.double()).dtype == torch.float64
 
@@ -106,16 +109,19 @@ def test_numbers_that_are_not_floating_point_are_refused():
 def test_gradcheck():
     for shape, kernel, kw in [((2, 2, 7), (3, 2, 4), {}), ((1, 4, 5, 6), (2, 2, 3, 5), dict(groups=2, stride=(1, 2))), ((1, 2, 4, 3, 4), (2, 2, 3, 3, 1), dict(padding=1))]:
         args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, kernel)]
-        f = lambda x, w: conv_nd(x, w, method='fft', **kw)
-        assert torch.autograd.gradcheck(f, args) and torch.autograd.gradgradcheck(f, args)
+        for method in 'fft', 'matmul':
+            f = lambda x, w: conv_nd(x, w, method=method, **kw)
+            assert torch.autograd.gradcheck(f, args) and torch.autograd.gradgradcheck(f, args)
 
 
 def test_only_the_wanted_gradient_is_computed():
     for wanted in (0, 1):
         args = [torch.randn(2, 3, 20), torch.randn(4, 3, 9)]
         args[wanted].requires_grad_()
-        conv_nd(*args, method='fft').sum().backward()
-        assert args[wanted].grad is not None and args[1-wanted].grad is None
+        for method in 'fft', 'matmul':
+            args[wanted].grad = None
+            conv_nd(*args, method=method).sum().backward()
+            assert args[wanted].grad is not None and args[1-wanted].grad is None
 
 
 @given(st.integers(1, 20_000))
@@ -129,6 +135,79 @@ def test_fast_length(n):
 
 def test_auto_takes_each_way_where_it_is_far_faster():
     pairs = lambda n: ((n//2, n//2),)*2
-    small = estimate_seconds((8, 48, 32, 32), (48, 48, 3, 3), pairs(3), (1, 1))
-    large = estimate_seconds((8, 48, 32, 32), (48, 48, 33, 33), pairs(33), (1, 1))
+    small, large = (estimate_seconds((8, 48, 32, 32), (48, 48, n, n), pairs(n)) for n in (3, 33))
     assert small['direct'] < small['fft'] and large['fft'] < large['direct']
+    half = estimate_seconds((64, 48, 32, 32), (48, 48, 17, 17), pairs(17), rank=33, dtype=torch.bfloat16, channels_last=True)
+    assert min(half, key=half.get) == 'matmul'
+    long = estimate_seconds((1, 16, 2**18), (16, 16, 2**18), ((2**18 - 1, 0),), rank=33)
+    assert min(long, key=long.get) in ('fft', 'lowrank')
+
+
+# -- matrix products in half precision
+
+def inputs(kind, n, generator):
+    "Images of one kind, `(4, 16, 32, 32)`, and a random kernel of n x n."
+    x = torch.randn(4, 16, 32, 32, generator=generator)
+    if kind == 'relu': x = x.relu()
+    if kind == 'smooth': x = F.avg_pool2d(x, 5, 1, 2)*5
+    if kind == 'large mean': x = x + 10
+    return x, torch.randn(16, 16, n, n, generator=generator)/(4*n)
+
+
+def error(ours, want): return ((ours.double() - want).norm()/want.norm()).item()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('kind', ['random', 'relu', 'smooth', 'large mean'])
+@pytest.mark.parametrize('n', [3, 5, 17, 33])
+def test_half_precision_errs_little_more_than_torch(dtype, kind, n):
+    "Against float64, values and gradients err at most 2.5 times as much as those of F.conv2d in the same precision."
+    x, w = inputs(kind, n, torch.Generator().manual_seed(n))
+    g = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(1))
+    def run(f, dtype):
+        args = [t.to(dtype).requires_grad_() for t in (x, w)]
+        y = f(*args)
+        return y, *torch.autograd.grad(y, args, g.to(dtype))
+    direct = lambda x, w: F.conv2d(x, w, padding=n//2)
+    want, torchs, ours = run(direct, torch.float64), run(direct, dtype), run(lambda x, w: conv_nd(x, w, method='matmul'), dtype)
+    for exact, theirs, mine, name in zip(want, torchs, ours, ('values', 'gradient of x', 'gradient of w')):
+        assert mine.dtype == dtype and error(mine, exact) <= 2.5*error(theirs, exact), (name, error(mine, exact), error(theirs, exact))
+
+
+def test_float16_does_not_overflow():
+    x, w = torch.full((1, 2, 64, 64), 200.), torch.full((2, 2, 5, 5), 0.1)      # a sum over all pixels would be 819,200
+    y = conv_nd(x.half(), w.half(), method='matmul')
+    assert y.isfinite().all() and error(y, F.conv2d(x.double(), w.double(), padding=2)) < 3e-3
+
+
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul'])
+def test_everything_of_torch_func(method):
+    "grad, vmap, jacobians and forward mode agree with the direct method."
+    gen = torch.Generator().manual_seed(0)
+    x, mix, basis, b = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((2, 4, 7, 6), (6, 2, 3), (3, 5, 3), (6,)))
+    def f(method): return lambda x, mix, basis, b: conv_nd(x, LowRankKernel(mix, basis), b, (2, 1), groups=2, method=method)
+    ours, want = f(method), f('direct')
+    loss = lambda f: lambda *args: f(*args).square().sum()
+    args = x, mix, basis, b
+    for i in range(4):
+        assert torch.allclose(torch.func.grad(loss(ours), i)(*args), torch.func.grad(loss(want), i)(*args))
+        assert torch.allclose(torch.func.jacfwd(ours, i)(*args), torch.func.jacrev(want, i)(*args))
+    many = torch.randn(3, *x.shape, generator=gen, dtype=torch.float64)
+    assert torch.allclose(torch.func.vmap(ours, (0, None, None, None))(many, *args[1:]), torch.stack([want(m, *args[1:]) for m in many]))
+    per_sample = lambda f: torch.func.vmap(torch.func.grad(loss(f), 1), (0, None, None, None))(many, *args[1:])
+    assert torch.allclose(per_sample(ours), per_sample(want))
+    tangent = torch.randn(*basis.shape, generator=gen, dtype=torch.float64)
+    jvp = lambda f: torch.func.jvp(lambda basis: f(x, mix, basis, b), (basis,), (tangent,))[1]
+    assert torch.allclose(jvp(ours), jvp(want))
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.booleans())
+def test_outputs_are_dense_and_keep_the_memory_format(method, p, last):
+    x, w, b = (None if t is None else t.detach() for t in tensors(p))
+    if last: x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    y = conv_nd(x, w, b, p['stride'], p['padding'], p['groups'], dilation=p['dilation'], method=method)
+    assert y.untyped_storage().nbytes() == y.numel()*y.element_size()
+    assert y.view(len(y), -1).shape[0] == len(y) if not is_channels_last(y) else y.movedim(1, -1).is_contiguous()
+    if method == 'matmul': assert is_channels_last(y) == is_channels_last(x) or 1 in y.shape[1:] or 1 in x.shape[1:]

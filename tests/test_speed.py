@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from flexconv import layers
 from flexconv.bench import broadcast_fft, peak_memory, plain, with_forward
-from flexconv.conv import LowRankKernel, conv_nd, costs, estimate_seconds, fit_costs
+from flexconv.conv import LowRankKernel, conv_nd
+from flexconv.costs import estimate_seconds
 from flexconv.crop import crop_bounds, first_kept, inside, spacing
 from flexconv.export import bake, export_onnx, export_program
 from flexconv.flexnet import conv_layers, create_model
