@@ -28,7 +28,7 @@ def relative_gap(a, b, together=False):
 # -- low rank
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(1, 4), st.sampled_from(['lowrank', 'fft', 'direct', 'auto']))
+@given(problems(), st.integers(1, 4), st.sampled_from(['lowrank', 'fft', 'matmul', 'direct', 'auto']))
 def test_factors_give_what_their_product_gives(p, rank, method):
     x, w, b = tensors(p)
     g = torch.Generator().manual_seed(p['seed'])
@@ -57,7 +57,7 @@ def test_chunks_change_nothing(chunk, monkeypatch):
     x, mix, basis = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4, 12, 9), (6, 2, 3), (3, 7, 9)))
     run = lambda: torch.autograd.grad(conv_nd(x, LowRankKernel(mix, basis), groups=2, method='lowrank').square().sum(), (x, mix, basis))
     want = run()
-    monkeypatch.setitem(__import__('flexconv.conv').conv.chunk_numbers, 'cpu', chunk)
+    monkeypatch.setitem(__import__('flexconv.transforms').transforms.chunk_numbers, 'cpu', chunk)
     assert relative_gap(run(), want) < 1e-12
 
 
@@ -67,7 +67,7 @@ def test_a_layer_computes_the_same_in_every_way(kernel):
     layer, x = FlexConv2d(4, 6, 17, sigma=(0.2, 0.5), groups=2, kernel=kernel), torch.randn(3, 4, 16, 11)
     with_forward_of = lambda method: (setattr(layer, 'conv_method', method), layer(x))[1]
     want = with_forward(layer, lambda m, t: F.conv2d(t, m.kernel(), m.bias, padding=[n//2 for n in m.size], groups=2))(x)
-    for method in ('direct', 'fft', 'lowrank', 'auto', 'autotune'):
+    for method in ('direct', 'fft', 'lowrank', 'matmul', 'auto', 'autotune'):
         y = with_forward_of(method)
         assert relative_gap([y], [want]) < 1e-5
         if method == 'direct': reference = gradients(y, layer)
@@ -90,17 +90,38 @@ def test_networks_that_are_not_linear_at_the_end_are_sampled_whole():
 
 # -- the choice
 
-def test_costs_are_fitted_to_what_was_measured():
-    "Times that follow the model exactly give back its costs."
-    from flexconv.conv import _fit_shapes, padding_pairs
-    truth = {k: v*f for (k, v), f in zip(costs['cpu'].items(), (3, 0.5, 2, 1, 0.3, 2, 1, 4))}
-    old = dict(costs['cpu'])
-    try:
-        costs['cpu'].update(truth)
-        rows = [(x, w, way, s) for x, w in _fit_shapes for way, s in estimate_seconds(x, w, padding_pairs('same', w[2:], (1,)*len(w[2:])), (1,)*len(w[2:]), 'cpu', 33).items()]
-    finally: costs['cpu'].update(old)
-    fitted = fit_costs(rows)
-    for k, v in truth.items(): assert fitted[k] == pytest.approx(v, rel=0.1), k
+def test_rates_are_fitted_to_what_was_measured():
+    "Times that follow the model exactly give back its rates, and a choice that loses nothing."
+    from flexconv.bench import calibration_case, calibration_shapes, choice_loss, fit_rates
+    from flexconv.costs import count_work, rates
+    start = rates['cpu']['float32']['training']
+    factors = (3, 0.5, 2, 1, 0.3, 2, 1, 4)
+    truth = {unit: rate*factors[i % 8] for i, (unit, rate) in enumerate(start.items())}
+    rows, counted = [], set()
+    for case in calibration_shapes():
+        work = count_work(*case[:2], rank=33, **calibration_case(*case)[1])
+        counted |= {unit for units in work.values() for unit, n in units.items() if n}
+        rows += [(*case, method, sum(truth[unit]*n for unit, n in units.items())) for method, units in work.items()]
+    fitted = fit_rates(rows)
+    assert choice_loss(rows, fitted) < 0.01
+    for unit in counted - {'matmul_transform', 'matmul_product', 'matmul_frequencies'}:      # three that hardly differ in these shapes
+        assert fitted[unit] == pytest.approx(truth[unit], rel=0.2), unit
+
+
+def test_rates_that_were_measured_here_are_used(monkeypatch, tmp_path):
+    from flexconv import costs
+    from flexconv.bench import keep_rates
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    costs.calibrated_rates.cache_clear()
+    case = (1, 2, 9), (2, 2, 3), ((1, 1),)
+    builtin = estimate_seconds(*case)
+    keep_rates('cpu', dict(float32=dict(training=dict(direct_call=7.))))
+    try: assert estimate_seconds(*case)['direct'] == 7 and estimate_seconds(*case, training=False)['direct'] != 7
+    finally:
+        costs.rates_file().write_text('{damaged')
+        costs.calibrated_rates.cache_clear()
+    assert estimate_seconds(*case) == builtin
+    costs.calibrated_rates.cache_clear()
 
 
 def test_autotune_measures_once_and_remembers(monkeypatch):
@@ -112,9 +133,9 @@ def test_autotune_measures_once_and_remembers(monkeypatch):
     autotuned.clear()
     y = conv_nd(x, w, method='autotune')
     assert torch.allclose(y, F.conv1d(x, w, padding=15), atol=1e-4)
-    assert list(autotuned.values()) in (['direct'], ['fft']) and len(measured) == 4        # two ways, twice
+    assert list(autotuned.values()) in (['direct'], ['fft'], ['matmul']) and len(measured) == 6        # three methods, twice
     conv_nd(x, w, method='autotune')
-    assert len(measured) == 4
+    assert len(measured) == 6
     conv_nd(x, w.requires_grad_(), method='autotune')
     assert len(autotuned) == 2                                       # training is another question than inference
     autotuned.clear()
@@ -376,15 +397,15 @@ def test_what_is_remembered_stays_small(monkeypatch):
     with torch.no_grad():
         for size in (9, 16, 40): layer(torch.randn(1, 2, size, size))
         assert len(layer.remembered[-1]) == 1
-        from flexconv import conv
-        monkeypatch.setattr(conv, 'largest_remembered', 10)
+        from flexconv import correlate
+        monkeypatch.setattr(correlate, 'largest_remembered', 10)
         x = torch.randn(1, 2, 30, 30)
         y = layer(x)
         assert torch.allclose(y, layer.to_conv()(x), atol=1e-5)
-        assert all(key[0] == (48, 48) for key in layer.remembered[-1])      # still that of 40 pixels
+        assert all(key[1] == (48, 48) for key in layer.remembered[-1])      # still that of 40 pixels
 
 
-@pytest.mark.parametrize('method', ['fft', 'lowrank', 'direct'])
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul', 'direct'])
 def test_autocast_leaves_nothing_behind(method):
     "A kernel rounded for autocast is not used again without it."
     layer, x = FlexConv2d(2, 2, 17, sigma=0.5, conv_method=method).eval(), torch.randn(1, 2, 16, 16)
