@@ -153,7 +153,7 @@ def channel_product(xs,        # real and imaginary part of the input's spectrum
     ys = ComplexProduct.apply(*xs, *ws, -1)                               # (F*groups, B, O)
     return [v.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2) for v in ys]
 
-# %% ../nbs/11_correlate.ipynb #097d2888
+# %% ../nbs/11_correlate.ipynb #e5ff467a
 def no_autocast(x):
     "Autocast off, for tensors that are in the precision they shall be computed in."
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
@@ -168,6 +168,7 @@ def kernel_spectrum(plan, kernel, dtype):
     if before < after: return plan.taps_spectrum((basis @ mix).to(dtype))
     return [part @ mix.to(dtype) for part in plan.taps_spectrum(basis.to(dtype).contiguous())]
 
+@torch.compiler.disable
 def matmul_correlate(x,                          # `(B, C, *S)`
                      kernel,                     # weight `(O, C/groups, *N)` in the dtype of x, or a `LowRankKernel`
                      bias, stride, pairs, groups, dilation,    # bias `(O,)` or None; stride, (before, after) padding and dilation per axis
