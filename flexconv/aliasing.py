@@ -34,7 +34,7 @@ def mask_frequency(layer,        # a FlexConv
                    stddevs=2.,   # standard deviations of the mask's spectrum that count
                   ):
     "Highest frequency of a layer's mask, in cycles per unit of position; a scalar tensor."
-    _, sigma = layer.mask.held(spacing(layer.grid_size))
+    _, sigma = layer.mask.effective(spacing(layer.grid_size))
     return (stddevs/(2*math.pi*sigma)).max()
 
 # %% ../nbs/22_aliasing.ipynb #1e6fc165

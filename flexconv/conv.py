@@ -6,12 +6,12 @@
 __all__ = ['method_functions', 'methods', 'autotuned', 'padding_pairs', 'check_padding_fits', 'in_tiles', 'convolve', 'conv_nd',
            'conv_method', 'direct_conv_nd', 'fft_conv_nd']
 
-# %% ../nbs/13_conv.ipynb #6981ee5c
+# %% ../nbs/13_conv.ipynb #a4acc28e
 import math
 import torch
 import torch.nn.functional as F
-from .kernels import at_least_float32, check_choice, per_axis
-from .transforms import in_functorch, is_channels_last
+from .kernels import at_least_float32, check_choice, in_functorch, per_axis
+from .transforms import is_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
 

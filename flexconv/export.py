@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .kernels import check_number, per_axis
-from .mask import mask_reach
+from .mask import cutoff_in_sigmas
 from .crop import spacing
 from .layers import CKConv, CausalConv1d, FlexConv2d
 
@@ -53,7 +53,7 @@ def as_flexconv(conv,            # an `nn.Conv2d` with an odd kernel
     largest, = per_axis(kernel_size, 1, 'kernel_size', minimum=3)
     size = tuple(1 if k == 1 else max(largest, k) for k in conv.kernel_size)           # an axis without extent gets none
     padding = conv.padding if isinstance(conv.padding, str) else tuple(p + d*(n-k)//2 for p, d, n, k in zip(conv.padding, conv.dilation, size, conv.kernel_size))
-    reach = mask_reach(check_number(options.get('threshold', 0.1), 'threshold', 0, 1))
+    reach = cutoff_in_sigmas(check_number(options.get('threshold', 0.1), 'threshold', 0, 1))
     options = dict(sigma=tuple(k/2*step/reach for k, step in zip(conv.kernel_size, spacing(size))), init='fan_in') | options
     new = FlexConv2d(conv.in_channels, conv.out_channels, size, conv.stride, padding, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
                      conv.weight.device, conv.weight.dtype, **options)

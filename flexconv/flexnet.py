@@ -296,7 +296,7 @@ def _engines(model, x):
     inputs = x if isinstance(x, (tuple, list)) else (x,)
     if not inputs or not all(isinstance(t, torch.Tensor) for t in inputs): raise TypeError(f'x must be an input of the model, a tuple of its inputs, or a shape; got {x!r:.100}')
     model, ways = copy.deepcopy(model).eval(), {}
-    def ask(name, m, args, kwargs): ways.setdefault(name, []).append(m.way(*args, **kwargs))
+    def ask(name, m, args, kwargs): ways.setdefault(name, []).append(m.method(*args, **kwargs))
     for name, m in conv_layers(model).items(): m.register_forward_pre_hook(partial(ask, name), with_kwargs=True)
     model(*inputs)
     return {name: ', '.join(dict.fromkeys(ways.get(name, ['not used']))) for name in conv_layers(model)}

@@ -8,13 +8,15 @@ __all__ = ['CKConv', 'scaled_size', 'CKConv1d', 'CKConv2d', 'CKConv3d', 'FlexCon
 
 # %% ../nbs/21_layers.ipynb #4c36f65c
 import copy, inspect, math, pickle, warnings
+from functools import lru_cache
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .kernels import KernelNetwork, accelerator, at_least_float32, check_choice, create_kernel_network, kernel_networks, per_axis, position_axis
+from .kernels import (
+    KernelNetwork, accelerator, at_least_float32, check_choice, create_kernel_network, in_functorch, kernel_networks, per_axis, position_axis, tracing)
 from .magnet import MAGNet       # registers 'magnet'
-from .mask import GaussianMask, gaussian, mask_reach
-from .crop import crop_axis, crop_bounds, crop_size, first_kept, inside, spacing
+from .mask import GaussianMask, gaussian, cutoff_in_sigmas
+from .crop import crop_axis, crop_bounds, crop_size, crop_starts, crop_mask, spacing
 from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, direct_conv_nd, methods, padding_modes, padding_pairs
 
 # %% ../nbs/21_layers.ipynb #ae244943
@@ -57,7 +59,7 @@ class CKConv(nn.Module):
         padding_pairs(self.padding, self.kernel_size, self.dilation, causal)           # raises what conv_nd would raise
         self.padding_mode = check_choice(padding_mode, padding_modes, 'padding_mode')
         self.conv_method = check_choice(conv_method, methods, 'conv_method')
-        self.causal, self.scale, self.remembered = causal, 1., None
+        self.causal, self.scale, self.kernel_cache = causal, 1., None
         kwargs = dict(device=device, dtype=dtype)
         self.make_kernel(kernel, kernel_options, kwargs)
         if conv_method == 'lowrank' and not self.can_factor: raise ValueError(f"conv_method='lowrank' needs a kernel network that ends in a linear map (KernelNetwork.can_factor); got {type(self.kernel_network).__name__}")
@@ -89,7 +91,7 @@ def grid_size(self:CKConv):
     return scaled_size(self.kernel_size, self.scale, self.causal)
 
 @patch(as_prop=True)
-def rate(self:CKConv):
+def cell_volume(self:CKConv):
     "What a kernel's values are multiplied by at the resolution in use: `scale**-ndim`."
     return self.scale**-self.ndim
 
@@ -102,6 +104,15 @@ def sample(module, *args, **kwargs):
         if all(p.dtype == at_least_float32(p.dtype) for p in params.values()): return module(*args, **kwargs)
         return torch.func.functional_call(module, {k: p.to(at_least_float32(p.dtype)) for k, p in params.items()}, args, kwargs)
 
+# %% ../nbs/21_layers.ipynb #2b24e664
+def crop_positions(grid_size, bounds, causal, device, dtype):
+    "The positions of a grid inside of `bounds`, `(D, *size)`."
+    axes = [position_axis(n, device, dtype)[start:stop] for n, (start, stop) in zip(grid_size, bounds)]
+    if causal and grid_size == (1,): axes = [axes[0] + 1]                # the only sample is the newest
+    return torch.stack(torch.meshgrid(*axes, indexing='ij'))
+
+known_positions = lru_cache(maxsize=256)(crop_positions)
+
 # %% ../nbs/21_layers.ipynb #9f69db89
 @patch
 def first_parameter(self:CKConv):
@@ -113,10 +124,10 @@ def positions(self:CKConv,
               bounds=None,      # `((start, stop), ...)`; by default the crop in use
              ):
     "The positions at which the kernel is sampled, `(ndim, *size)`."
-    p = self.first_parameter()
-    axes = [position_axis(n, p.device, at_least_float32(p.dtype))[start:stop] for n, (start, stop) in zip(self.grid_size, bounds or self.bounds())]
-    if self.causal and self.grid_size == (1,): axes = [axes[0] + 1]      # the only sample is the newest
-    return torch.stack(torch.meshgrid(*axes, indexing='ij'))
+    p, bounds = self.first_parameter(), bounds or self.bounds()
+    args = self.grid_size, bounds, self.causal, p.device, at_least_float32(p.dtype)
+    small = math.prod(crop_size(bounds)) <= 2**16
+    return (known_positions if small and type(p) in (nn.Parameter, torch.Tensor) and not (tracing() or in_functorch()) else crop_positions)(*args)
 
 @patch
 def bounds(self:CKConv):
@@ -136,7 +147,7 @@ def sample_kernel(self:CKConv,
                  ):
     "The kernel inside `bounds` times `mask` and rate: a `LowRankKernel` where the kernel network allows it, else a tensor."
     channels = self.out_channels*self.in_channels//self.groups
-    positions, factor = self.positions(bounds), self.rate if mask is None else mask if self.rate == 1 else mask*self.rate
+    positions, factor = self.positions(bounds), self.cell_volume if mask is None else mask if self.cell_volume == 1 else mask*self.cell_volume
     if self.can_factor:
         mix, basis = sample(self.kernel_network, positions, factored=True)
         if len(mix) == channels: return LowRankKernel(mix.unflatten(0, (self.out_channels, -1)), basis*factor)
@@ -147,7 +158,7 @@ def sample_kernel(self:CKConv,
 
 # %% ../nbs/21_layers.ipynb #b23968a7
 @patch
-def kernel_in_use(self:CKConv):
+def forward_kernel(self:CKConv):
     "The kernel that `forward` uses, and its bounds."
     bounds = self.bounds()
     return self.sample_kernel(bounds), bounds
@@ -166,7 +177,7 @@ def size(self:CKConv):
 
 # %% ../nbs/21_layers.ipynb #6f201033
 @patch
-def padding_in_use(self:CKConv, bounds):
+def cropped_padding(self:CKConv, bounds):
     "Padding before and after each axis for a kernel cropped to `bounds`."
     padding = self.padding if isinstance(self.padding, str) else tuple(math.floor(p*self.scale + 0.5) for p in self.padding)
     pairs = padding_pairs(padding, self.grid_size, self.dilation, self.causal)
@@ -174,58 +185,54 @@ def padding_in_use(self:CKConv, bounds):
 
 # %% ../nbs/21_layers.ipynb #cb993620
 @patch
-def what_kernel_depends_on(self:CKConv):
+def kernel_cache_key(self:CKConv):
     "All that the sampled kernel depends on, as three lists: values to compare with `==`, tensors to compare by their values, and tensors to hold on to, so that no other gets their address."
     tensors = [t.detach() for t in (*self.kernel_network.parameters(), *self.kernel_network.buffers(), *getattr(self, 'mask', nn.Module()).parameters())]
-    known = [self.grid_size, self.rate, self.causal, getattr(getattr(self, 'mask', None), 'threshold', None), len(tensors)]
+    known = [self.grid_size, self.cell_volume, self.causal, getattr(getattr(self, 'mask', None), 'threshold', None), len(tensors)]
     for t in tensors: known += [t.device, t.dtype, t.shape, *(() if t.device.type == 'cpu' or t.is_inference() else (t.data_ptr(), t._version))]
     return known, [t for t in tensors if t.device.type == 'cpu'], [t for t in tensors if t.device.type != 'cpu']
 
 @patch
-def remember(self:CKConv):
-    "`kernel_in_use` and a dict for its spectra, remembered from last time where nothing has changed."
-    known, tensors, held = self.what_kernel_depends_on()
-    if self.remembered is not None:
-        old_known, old_tensors, _, *kept = self.remembered
+def cached_kernel(self:CKConv):
+    "`forward_kernel` and a dict for its spectra, remembered from last time where nothing has changed."
+    known, tensors, held = self.kernel_cache_key()
+    if self.kernel_cache is not None:
+        old_known, old_tensors, _, *kept = self.kernel_cache
         if known == old_known and all(torch.equal(a, b) for a, b in zip(tensors, old_tensors)): return kept
-    kept = *self.kernel_in_use(), {}
-    self.remembered = (known, [t.clone() for t in tensors], held, *kept)
+    kept = *self.forward_kernel(), {}
+    self.kernel_cache = (known, [t.clone() for t in tensors], held, *kept)
     return kept
 
 # %% ../nbs/21_layers.ipynb #33648205
 @patch
 def train(self:CKConv, mode=True):
-    self.remembered = None
+    self.kernel_cache = None
     return nn.Module.train(self, mode)
 
 @patch
-def __getstate__(self:CKConv): return self.__dict__ | dict(remembered=None)       # for pickle and deepcopy
+def __getstate__(self:CKConv): return self.__dict__ | dict(kernel_cache=None)       # for pickle and deepcopy
 
 # %% ../nbs/21_layers.ipynb #d198f530
-def tracing():
-    "Is the code being turned into a program, by torch.compile, torch.export, torch.jit or a CUDA graph, that must not depend on values?"
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
 @patch
 def forward(self:CKConv,
             x,       # (B, in_channels, *S), or (in_channels, *S)
            ):
     "Convolve: `(B, out_channels, *out)`."
     if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
-    whole = self.padding_in_use(tuple((0, n) for n in self.grid_size))
+    whole = self.cropped_padding(tuple((0, n) for n in self.grid_size))
     check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])        # for the size it may grow to: not an hour into training
     keep = not (self.training or torch.is_grad_enabled() or tracing())
-    kernel, bounds, kept = self.remember() if keep else (*self.kernel_in_use(), None)
-    return convolve(x, kernel, self.bias, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation,
+    kernel, bounds, kept = self.cached_kernel() if keep else (*self.forward_kernel(), None)
+    return convolve(x, kernel, self.bias, self.stride, self.cropped_padding(bounds), self.groups, dilation=self.dilation,
                    padding_mode=self.padding_mode, method=self.conv_method, kept=kept)
 
 @patch
-def way(self:CKConv,
+def method(self:CKConv,
         x,       # as in `forward`
        ):
     "The way of convolution that `forward` takes for `x`: 'direct', 'fft' or 'lowrank'."
-    kernel, bounds = self.kernel_in_use()
-    return conv_method(x, kernel, self.stride, self.padding_in_use(bounds), self.groups, dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method)
+    kernel, bounds = self.forward_kernel()
+    return conv_method(x, kernel, self.stride, self.cropped_padding(bounds), self.groups, dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method)
 
 # %% ../nbs/21_layers.ipynb #7b2009f0
 @patch
@@ -290,7 +297,7 @@ class FlexConv(CKConv):
                          kernel=kernel, causal=causal, conv_method=conv_method, kernel_options=options)
         self.mask = mask
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
-        bounds = [crop_axis(n, float(causal), w, mask_reach(threshold), causal) for n, w in zip(self.kernel_size, widths)]
+        bounds = [crop_axis(n, float(causal), w, cutoff_in_sigmas(threshold), causal) for n, w in zip(self.kernel_size, widths)]
         if all(s == 1 < n for s, n in zip(crop_size(bounds), self.kernel_size)):
             warnings.warn(f'sigma={sigma} starts a kernel of kernel_size={kernel_size} at a single pixel; '
                           f'about {2.4/(max(self.kernel_size)-1):.2g} would start it wider', stacklevel=2)
@@ -309,14 +316,14 @@ def mask_values(self:FlexConv,
                ):
     "The mask on a part of the grid. Where it is not `exact`, 0 outside of what the mask keeps, and with the gradient out of the hole."
     size, step, positions = self.grid_size, spacing(self.grid_size), self.positions(bounds)
-    mean, sigma = self.mask.held(step)
-    m = gaussian(positions, mean, sigma)
+    m = self.mask(positions, step)
     if exact: return m
-    starts, last = first_kept(mean, sigma, size, mask_reach(self.mask.threshold), self.causal)
-    kept = inside(starts, size, bounds, self.causal)
+    mean, sigma = self.mask.effective(step)
+    starts, last = crop_starts(mean, sigma, size, cutoff_in_sigmas(self.mask.threshold), self.causal)
+    kept = crop_mask(starts, size, bounds, self.causal)
     if not self.training: return torch.where(kept, m, 0.)
-    surrogate = gaussian(positions, *self.mask.held([2*s for s in step]))
-    near = inside(starts - ((starts == last) & (last > 0)).to(starts.dtype), size, bounds, self.causal)
+    surrogate = gaussian(positions, *self.mask.effective([2*s for s in step]))
+    near = crop_mask(starts - ((starts == last) & (last > 0)).to(starts.dtype), size, bounds, self.causal)
     return torch.where(kept, m, torch.where(near, surrogate - surrogate.detach(), 0.))
 
 @patch
@@ -325,7 +332,7 @@ def sample_kernel(self:FlexConv, bounds, exact=True):
     return CKConv.sample_kernel(self, bounds, self.mask_values(bounds, exact))
 
 # %% ../nbs/21_layers.ipynb #8b4e389b
-def waits(device):
+def read_blocks(device):
     "Must the host wait to read a value on this device?"
     return device.type not in ('cpu', 'meta')
 
@@ -337,14 +344,14 @@ def refresh_sizes(model,       # a layer, or a network that contains some
     margin, = per_axis(margin, 1, 'margin', minimum=0)
     layers = [m for m in model.modules() if isinstance(m, FlexConv) and not m.mask.sigma.is_meta]
     if not layers: return
-    with torch.no_grad(): state = torch.cat([p.to(layers[0].mask.sigma.device) for m in layers for p in m.mask.held(spacing(m.grid_size))]).tolist()
+    with torch.no_grad(): state = torch.cat([p.to(layers[0].mask.sigma.device) for m in layers for p in m.mask.effective(spacing(m.grid_size))]).tolist()
     for m in layers:
         (mean, sigma), state = (state[:m.ndim], state[m.ndim:2*m.ndim]), state[2*m.ndim:]
-        bounds = [crop_axis(n, a, s, mask_reach(m.mask.threshold), m.causal) for n, a, s in zip(m.grid_size, mean, sigma)]
-        m.seen = tuple((max(a-margin, 0), min(b+margin, n)) for (a, b), n in zip(bounds, m.grid_size)), m.grid_size, m.mask_version()
+        bounds = [crop_axis(n, a, s, cutoff_in_sigmas(m.mask.threshold), m.causal) for n, a, s in zip(m.grid_size, mean, sigma)]
+        m.read_bounds = tuple((max(a-margin, 0), min(b+margin, n)) for (a, b), n in zip(bounds, m.grid_size)), m.grid_size, m.mask_version()
 
 # %% ../nbs/21_layers.ipynb #17572605
-FlexConv.seen = None       # bounds with margin, and the grid and the version of the mask that they are from
+FlexConv.read_bounds = None       # bounds with margin, and the grid and the version of the mask that they are from
 
 @patch
 def mask_version(self:FlexConv):
@@ -356,22 +363,22 @@ def mask_version(self:FlexConv):
 @patch
 def bounds_to_sample(self:FlexConv):
     "The positions that `forward` samples, and whether they are exactly those that the mask keeps."
-    seen = self.seen if self.seen and self.seen[1] == self.grid_size else None
+    seen = self.read_bounds if self.read_bounds and self.read_bounds[1] == self.grid_size else None
     if tracing(): return (seen[0] if seen else tuple((0, n) for n in self.grid_size)), False
-    if not waits(self.mask.sigma.device): return self.bounds(), True
+    if not read_blocks(self.mask.sigma.device): return self.bounds(), True
     now, then = self.mask_version(), seen and seen[2]
-    patience = 2*16 if self.training else 0                                 # two parameters, changed once per step each
-    if not (now and then and now[:-1] == then[:-1] and 0 <= now[-1] - then[-1] <= patience): refresh_sizes(self)
-    return self.seen[0], False
+    updates = 2*16 if self.training else 0                                 # two parameters, changed once per step each
+    if not (now and then and now[:-1] == then[:-1] and 0 <= now[-1] - then[-1] <= updates): refresh_sizes(self)
+    return self.read_bounds[0], False
 
 @patch
 def _load_from_state_dict(self:FlexConv, *args, **kwargs):
-    self.seen = None
+    self.read_bounds = None
     return nn.Module._load_from_state_dict(self, *args, **kwargs)
 
 # %% ../nbs/21_layers.ipynb #bbe3dbb0
 @patch
-def kernel_in_use(self:FlexConv):
+def forward_kernel(self:FlexConv):
     "The kernel that `forward` uses, and its bounds: in training, axes with a single position get neighbours of value 0 that have a gradient."
     bounds, exact = self.bounds_to_sample()
     if exact and self.training and any(stop-start == 1 < n for (start, stop), n in zip(bounds, self.grid_size)):
@@ -403,7 +410,7 @@ class CausalConv1d(nn.Conv1d):
 def to_conv(self:CKConv):
     "The `nn.ConvNd` that computes the same now: kernel sampled, cropped and stored (for a causal layer, a `CausalConv1d`)."
     kernel, bounds = self.kernel(), self.bounds()
-    pairs = self.padding_in_use(bounds)
+    pairs = self.cropped_padding(bounds)
     zeros = [max(0, -(before//d)) for (before, _), d in zip(pairs, self.dilation)]      # nn.ConvNd cannot crop: keep some zeros instead
     if not self.causal and any(zeros):
         kernel = nn.functional.pad(kernel, [z for z in reversed(zeros) for _ in (0, 1)])

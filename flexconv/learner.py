@@ -33,8 +33,8 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib, to_detach
 
 # %% ../nbs/42_learner.ipynb #2be267d8
 from .kernels import check_number, per_axis
-from .mask import GaussianMask, mask_reach
-from .layers import CKConv, refresh_sizes, waits
+from .mask import GaussianMask, cutoff_in_sigmas
+from .layers import CKConv, refresh_sizes, read_blocks
 from .aliasing import aliasing_loss
 from .flexnet import conv_layers, create_model, kernel_sizes, list_models
 
@@ -147,9 +147,9 @@ class StopNonFinite(Callback):
         self.bad = torch.zeros((), dtype=torch.bool, device=next(self.model.parameters()).device)
     def after_loss(self):
         self.bad = self.bad | ~torch.isfinite(self.loss_grad.detach()).all()
-        if waits(self.bad.device) and self.iter % self.every and self.iter < self.n_iter-1: return
+        if read_blocks(self.bad.device) and self.iter % self.every and self.iter < self.n_iter-1: return
         if not self.bad: return
-        within = f' or one of the {self.every-1} before' if waits(self.bad.device) else ''
+        within = f' or one of the {self.every-1} before' if read_blocks(self.bad.device) else ''
         raise NonFiniteLoss(f'the loss became {self.loss_grad.item()} in epoch {self.epoch}, step {self.iter} of {self.n_iter}{within}: {self.cause()}. '
                             'Nothing of this epoch was saved. A lower learning rate, or a longer warm-up, is the usual cure')
 
@@ -195,7 +195,7 @@ class WatchMasks(Callback):
     def outside(layer):
         "Does the mask reach its threshold nowhere in the frame on some axis?"
         mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
-        return (mean > 1 + mask_reach(layer.mask.threshold)*sigma).any().item()
+        return (mean > 1 + cutoff_in_sigmas(layer.mask.threshold)*sigma).any().item()
 
 # %% ../nbs/42_learner.ipynb #df28271e
 class DevicePrecision(Callback):

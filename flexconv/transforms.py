@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['fourier_matrix', 'half_weights', 'power_of_two', 'missing_gain', 'real_rows', 'interleave', 'Transform',
-           'axes_transform', 'in_functorch', 'FourierTransform', 'FourierTranspose', 'ComplexProduct',
-           'factored_transform', 'choose_factors', 'is_channels_last', 'PixelsFirst', 'ChannelsFirst', 'fast_length',
-           'fft_spectrum', 'inverse_fft_spectrum']
+           'axes_transform', 'FourierTransform', 'FourierTranspose', 'ComplexProduct', 'factored_transform',
+           'choose_factors', 'is_channels_last', 'PixelsFirst', 'ChannelsFirst', 'fast_length', 'fft_spectrum',
+           'inverse_fft_spectrum']
 
-# %% ../nbs/10_transforms.ipynb #a5d68735
+# %% ../nbs/10_transforms.ipynb #364f0f8c
 import math
 from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from .kernels import in_functorch
 
 # %% ../nbs/10_transforms.ipynb #bb6a6473
 def fourier_matrix(length,         # L, number of positions on the circle
@@ -101,11 +102,7 @@ def _transform(transform, t):
     t = t.reshape(n, steps[-1][0].shape[-1], -1)                          # (n, S or 2 S, M)
     return tuple(_times(rows, t).flatten(0, 1) for rows in steps[-1])
 
-# %% ../nbs/10_transforms.ipynb #70a66ba3
-def in_functorch():
-    "True inside of `torch.func.grad`, `vmap`, `jvp` and their like."
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
+# %% ../nbs/10_transforms.ipynb #19e4ca20
 def _add_product(t, a, b, factor=1):
     "`t + factor * a b` for stacks of matrices, in the memory of `t` where that is possible."
     if in_functorch(): return t + factor*torch.bmm(a, b)

@@ -7,7 +7,7 @@ from flexconv.flexnet import create_model
 from flexconv.kernels import GaborNet, SIREN
 from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d, from_official
 from flexconv.magnet import MAGNet
-from flexconv.mask import GaussianMask, mask_reach
+from flexconv.mask import GaussianMask, cutoff_in_sigmas
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10     # relative to the largest value
 
@@ -47,7 +47,7 @@ def test_mask(ndim, case, golden, close):
     mask = GaussianMask(ndim, params[:, 1].tolist(), params[:, 0].tolist())
     points = g['pos33' if ndim == 2 else 'pos33_1d'][0]
     close(mask(points), want.view(points.shape[1:]), FLOAT32, case)
-    reach = mask_reach(0.1)
+    reach = cutoff_in_sigmas(0.1)
     if ndim == 2: close(params[:, 0].abs() + reach*params[:, 1].abs(), g[f'mask2d_absroots_{case}'].flatten(), FLOAT32, 'roots')
     else: close(params[:, 0] - reach*params[:, 1].abs(), g[f'mask1d_minroot_{case}'].flatten(), FLOAT32, 'root')
 

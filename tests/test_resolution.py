@@ -120,7 +120,7 @@ def test_compiled_and_waiting_layers_see_a_new_resolution(monkeypatch):
         want = layer(x)
         assert torch.allclose(compiled(x), want, atol=1e-5)
         with monkeypatch.context() as m:
-            m.setattr(layers, 'waits', lambda device: True)
+            m.setattr(layers, 'read_blocks', lambda device: True)
             assert torch.allclose(layer(x), want, atol=1e-5)
 
 

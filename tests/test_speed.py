@@ -8,11 +8,11 @@ from flexconv import layers
 from flexconv.bench import broadcast_fft, peak_memory, plain, with_forward
 from flexconv.conv import LowRankKernel, conv_nd
 from flexconv.costs import estimate_seconds
-from flexconv.crop import crop_bounds, first_kept, inside, spacing
+from flexconv.crop import crop_bounds, crop_starts, crop_mask, spacing
 from flexconv.export import bake, export_onnx, export_program
 from flexconv.flexnet import conv_layers, create_model
 from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d, FlexConv3d, refresh_sizes
-from flexconv.mask import GaussianMask, mask_reach
+from flexconv.mask import GaussianMask, cutoff_in_sigmas
 from test_conv import CONVS, assert_close, problems, tensors
 
 
@@ -154,8 +154,8 @@ def test_cropping_on_the_device_is_cropping(ndim, data):
         mask.sigma.copy_(torch.tensor([data.draw(value) for _ in range(ndim)])); mask.mean.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
     want = torch.zeros(size, dtype=torch.bool)
     want[tuple(slice(*b) for b in crop_bounds(mask, size, causal))] = True
-    starts, _ = first_kept(*mask.held(spacing(size)), size, mask_reach(0.1), causal)
-    assert torch.equal(inside(starts, size, tuple((0, n) for n in size), causal), want)
+    starts, _ = crop_starts(*mask.effective(spacing(size)), size, cutoff_in_sigmas(0.1), causal)
+    assert torch.equal(crop_mask(starts, size, tuple((0, n) for n in size), causal), want)
 
 
 LAYERS = [(FlexConv1d, (2, 3, 20), dict(kernel_size=15)), (FlexConv1d, (2, 3, 20), dict(kernel_size=14, causal=True)),
@@ -173,7 +173,7 @@ def test_a_layer_that_does_not_ask_computes_the_same(cls, shape, kw, sigma, trai
     lazy = copy.deepcopy(asks)
     for step in range(12):
         with monkeypatch.context() as m:
-            m.setattr(layers, 'waits', lambda device: True)
+            m.setattr(layers, 'read_blocks', lambda device: True)
             y = lazy(x)
             lazy_gradients = gradients(y, lazy)
         want = asks(x)
@@ -184,7 +184,7 @@ def test_a_layer_that_does_not_ask_computes_the_same(cls, shape, kw, sigma, trai
 
 
 def test_it_asks_seldom_while_training_and_always_when_it_must(monkeypatch):
-    monkeypatch.setattr(layers, 'waits', lambda device: True)
+    monkeypatch.setattr(layers, 'read_blocks', lambda device: True)
     asked = []
     original = layers.refresh_sizes
     monkeypatch.setattr(layers, 'refresh_sizes', lambda m: (asked.append(1), original(m)))
@@ -210,7 +210,7 @@ def test_refresh_sizes_reads_a_whole_model_in_one_transfer(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda t: (n.append(t.shape), original(t))[1])
     refresh_sizes(net)
     assert n == [(4*7,)]
-    for layer in conv_layers(net).values(): assert layer.seen[0] == tuple((a-1, b+1) for a, b in layer.bounds())
+    for layer in conv_layers(net).values(): assert layer.read_bounds[0] == tuple((a-1, b+1) for a, b in layer.bounds())
     refresh_sizes(nn.Linear(2, 2))                                   # nothing to do
     with pytest.raises(ValueError, match='margin'): refresh_sizes(net, -1)
 
@@ -239,9 +239,9 @@ def test_the_kernel_is_remembered_until_something_changes(method):
         sampled.pop()                                                # that of to_conv
     hook.remove()
     assert torch.equal(run(), pickle.loads(pickle.dumps(layer))(x.to(y.dtype)).detach())
-    assert copy.deepcopy(layer).remembered is None
+    assert copy.deepcopy(layer).kernel_cache is None
     layer.train()
-    assert layer.remembered is None
+    assert layer.kernel_cache is None
 
 
 def test_gradients_in_eval_mode_are_not_forgotten():
@@ -384,7 +384,7 @@ def test_parameters_borrowed_for_one_call_are_seen(monkeypatch):
     layer, x = FlexConv2d(2, 2, 17, sigma=0.2).eval(), torch.randn(1, 2, 16, 16)
     other = FlexConv2d(2, 2, 17, sigma=0.5).eval()
     for lazy in (False, True):
-        if lazy: monkeypatch.setattr(layers, 'waits', lambda device: True)
+        if lazy: monkeypatch.setattr(layers, 'read_blocks', lambda device: True)
         with torch.no_grad():
             layer(x)
             assert torch.allclose(torch.func.functional_call(layer, other.state_dict(), (x,)), other(x), atol=1e-5)
@@ -396,13 +396,13 @@ def test_what_is_remembered_stays_small(monkeypatch):
     layer = FlexConv2d(2, 2, 17, sigma=0.5, conv_method='lowrank').eval()
     with torch.no_grad():
         for size in (9, 16, 40): layer(torch.randn(1, 2, size, size))
-        assert len(layer.remembered[-1]) == 1
+        assert len(layer.kernel_cache[-1]) == 1
         from flexconv import correlate
         monkeypatch.setattr(correlate, 'largest_remembered', 10)
         x = torch.randn(1, 2, 30, 30)
         y = layer(x)
         assert torch.allclose(y, layer.to_conv()(x), atol=1e-5)
-        assert all(key[1] == (48, 48) for key in layer.remembered[-1])      # still that of 40 pixels
+        assert all(key[1] == (48, 48) for key in layer.kernel_cache[-1])      # still that of 40 pixels
 
 
 @pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul', 'direct'])
