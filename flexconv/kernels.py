@@ -307,6 +307,47 @@ class GaborFilter(FourierFilter):
 
     def forward(self, points): return self.envelope(points)*super().forward(points)
 
+# %% ../nbs/01_kernels.ipynb #c67e5c66
+def plain_gabor(points, gamma, mu, weight, bias):
+    "Gabor filters in steps that autograd can see, `(hidden, N)`."
+    return gabor_envelope(points, gamma, mu)*torch.sin(torch.addmm(bias[:, None], weight, points))
+
+class Gabor(torch.autograd.Function):
+    "What `plain_gabor` computes, with fewer operations."
+    @staticmethod
+    def forward(ctx, points, gamma, mu, weight, bias):
+        offset = points - mu[..., None]                                   # (hidden, ndim, N)
+        envelope = torch.exp(-0.5*(gamma[..., None]*offset).square().sum(1))
+        phase = torch.addmm(bias[:, None], weight, points)                # (hidden, N)
+        value = envelope*torch.sin(phase)
+        ctx.save_for_backward(points, gamma, mu, weight, bias, offset, envelope, phase, value)
+        return value
+
+    @staticmethod
+    def backward(ctx, g):
+        points, *params, offset, envelope, phase, value = ctx.saved_tensors
+        gamma, needs = params[0], ctx.needs_input_grad
+        if torch.is_grad_enabled() or needs[0]:                           # a second derivative, or that of the positions
+            wanted = [t for t, need in zip((points, *params), needs) if need]
+            again = torch.is_grad_enabled()
+            with torch.enable_grad(): y = plain_gabor(points, *params)
+            grads = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
+            return tuple(next(grads) if need else None for need in needs)
+        pull = (g*value)[:, None]*offset                                  # (hidden, ndim, N)
+        stretch = -gamma*(pull*offset).sum(2)
+        if gamma.shape[1] == 1: stretch = stretch.sum(1, keepdim=True)    # one width for all axes
+        turn = g*envelope*torch.cos(phase)                                # (hidden, N)
+        return None, stretch, gamma.square()*pull.sum(2), turn @ points.T, turn.sum(1)
+
+def gabor_filters(points,      # `(ndim, N)`
+                  gamma,       # inverse widths `(hidden, 1 or ndim)`
+                  mu,          # centres `(hidden, ndim)`
+                  weight,      # frequencies `(hidden, ndim)`
+                  bias):       # phases `(hidden,)`
+    "Gabor filters, `(hidden, N)`."
+    plain = in_functorch() or tracing() or torch.autograd.forward_ad._current_level >= 0
+    return (plain_gabor if plain else Gabor.apply)(points, gamma, mu, weight, bias)
+
 # %% ../nbs/01_kernels.ipynb #dfc1933a
 @register_kernel_network('gabor')
 class GaborNet(FourierNet):
@@ -331,7 +372,8 @@ class GaborNet(FourierNet):
 
     def filter_values(self, points):
         gamma, mu = (torch.cat([getattr(f, n) for f in self.filters]) for n in ('gamma', 'mu'))
-        return gabor_envelope(points, gamma, mu).unflatten(0, (-1, self.hidden))*super().filter_values(points)
+        weight, bias = (torch.cat([getattr(f.linear, n) for f in self.filters]) for n in ('weight', 'bias'))
+        return gabor_filters(points, gamma, mu, weight, bias).unflatten(0, (-1, self.hidden))
 
 # %% ../nbs/01_kernels.ipynb #02a9d622
 def create_kernel_network(name,             # a registered name, or a callable `(ndim, out_channels, **kwargs)`
