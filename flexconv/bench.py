@@ -206,33 +206,37 @@ def bench_long(device='cpu', quick=False):
         yield row('FlexConv1d 16-16', f'length {n}', 'train', run_seconds(step, 0.2), memory=peak_memory(step))
 
 # %% ../nbs/62_bench.ipynb #b1a4d63f
-def calibration_shapes():
-    "Shapes of inputs and kernels, with stride, that the rates are fitted to."
-    shapes = [((b, c, 32, 32), (c, c, n, n), 1) for b, c, sizes in ((64, 48, (3, 5, 9, 17, 33)), (64, 24, (5, 13, 33)), (8, 48, (3, 5, 9, 17, 33)), (8, 16, (5, 9)), (1, 48, (3, 9, 33))) for n in sizes]
+def calibration_cases(channels_last):
+    "Shapes of inputs and kernels, stride, and memory format of images, that rates are fitted to: most in one format, small kernels in the other as well."
+    shapes = [((b, c, 32, 32), (c, c, n, n), 1) for b, c, sizes in (
+        (64, 48, (3, 5, 9, 17, 33)), (64, 24, (5, 13, 33)), (8, 48, (3, 5, 9, 17, 33)), (8, 16, (5, 9)), (1, 48, (3, 9, 33))) for n in sizes]
     shapes += [((b, c, 784), (c, c, n), 1) for b, c, sizes in ((64, 30, (5, 784)), (8, 30, (17, 257, 784)), (1, 8, (65,))) for n in sizes]
     shapes += [((b, c, 32, 32), (c, 1, n, n), 1) for b, c, n in ((64, 64, 5), (64, 64, 17), (8, 64, 9), (8, 64, 33))]
     shapes += [((8, 32, 784), (32, 1, 65), 1), ((8, 24, 32, 32), (24, 24, 9, 9), 4), ((1, 3, 224, 224), (64, 3, 33, 33), 4), ((8, 24, 64, 64), (24, 24, 17, 17), 2)]
-    return shapes + [((2, 16, 16, 16, 16), (16, 16, n, n, n), 1) for n in (3, 5, 9)] + [((4, 16, 64, 64), (16, 16, n, n), 1) for n in (5, 17, 65)]
+    shapes += [((2, 16, 16, 16, 16), (16, 16, n, n, n), 1) for n in (3, 5, 9)] + [((4, 16, 64, 64), (16, 16, n, n), 1) for n in (5, 17, 65)]
+    other = [((b, c, 32, 32), (c, c, n, n), 1) for b, c, n in ((64, 48, 5), (64, 24, 5), (64, 24, 3), (8, 48, 5), (8, 48, 9), (8, 16, 5))]
+    return [(*shape, channels_last) for shape in shapes] + [(*shape, not channels_last) for shape in other]
 
-def calibration_case(x_shape, w_shape, stride):
-    "Groups, stride and padding of one of `calibration_shapes`, as `conv_nd` takes them and as `estimate_seconds` does."
+def calibration_case(x_shape, w_shape, stride, channels_last):
+    "A case as `conv_nd` takes it and as `estimate_seconds` does."
     ndim = len(x_shape) - 2
     pairs = padding_pairs('same', w_shape[2:], (1,)*ndim)
-    return dict(groups=x_shape[1]//w_shape[1], stride=stride), dict(pairs=pairs, stride=(stride,)*ndim, channels_last=ndim == 2)
+    return dict(groups=x_shape[1]//w_shape[1], stride=stride), dict(pairs=pairs, stride=(stride,)*ndim, channels_last=channels_last and ndim == 2)
 
 # %% ../nbs/62_bench.ipynb #1ea31478
-def measure_methods(device='cpu', dtype=torch.float32, training=True, rank=33, shapes=None, min_time=0.05):
-    "Seconds of `conv_nd` with low-rank kernels, `[(x_shape, weight_shape, stride, method, seconds), ...]`; what would take more than about half a second is left out."
+def measure_methods(device='cpu', dtype=torch.float32, training=True, rank=33, cases=None, min_time=0.05):
+    "Seconds of `conv_nd` with low-rank kernels, `[(x_shape, weight_shape, stride, channels_last, method, seconds), ...]`; what would take more than about half a second is left out."
     rows = []
-    for x_shape, w_shape, stride in shapes or calibration_shapes():
-        options, estimated = calibration_case(x_shape, w_shape, stride)
+    for case in cases or calibration_cases(dtype != torch.float32):
+        x_shape, w_shape, *_ = case
+        options, estimated = calibration_case(*case)
         x, mix, basis = (torch.randn(s, device=device) for s in (x_shape, (*w_shape[:2], rank), (rank, *w_shape[2:])))
         x = x.to(dtype)
         if estimated['channels_last']: x = x.contiguous(memory_format=torch.channels_last)
         seconds = estimate_seconds(x_shape, w_shape, device=device, rank=rank, dtype=dtype, training=training, **estimated)
         for method in [m for m in seconds if seconds[m] < 0.5]:
             step = _method_step(x, LowRankKernel(mix, basis), method, training, options)
-            rows.append((x_shape, w_shape, stride, method, run_seconds(step, min_time)))
+            rows.append((*case, method, run_seconds(step, min_time)))
     return rows
 
 def _method_step(x, kernel, method, training, options):
@@ -252,9 +256,9 @@ def fit_rates(rows, rank=33, start=None):
     "Rates, `{unit: seconds}`, fitted to `rows` of `measure_methods` such that the logarithms of estimated and measured times agree as well as they can."
     start = start or rates['cpu']['float32']['training']
     work = []
-    for x_shape, w_shape, stride, method, _ in rows:
-        _, estimated = calibration_case(x_shape, w_shape, stride)
-        work.append(count_work(x_shape, w_shape, rank=rank, **estimated)[method])
+    for *case, method, _ in rows:
+        _, estimated = calibration_case(*case)
+        work.append(count_work(*case[:2], rank=rank, **estimated)[method])
     names = [n for n in start if any(w.get(n) for w in work)]
     counts = torch.tensor([[float(w.get(n, 0)) for n in names] for w in work], dtype=torch.float64)
     target = torch.tensor([seconds for *_, seconds in rows], dtype=torch.float64).log()
@@ -271,7 +275,7 @@ def fit_rates(rows, rank=33, start=None):
 def choice_loss(rows, rates, rank=33):
     "By how much the method that `rates` choose is slower than the fastest one measured, on average over the shapes of `rows`: 0.05 is 5%."
     measured = {}
-    for x_shape, w_shape, stride, method, seconds in rows: measured.setdefault((x_shape, w_shape, stride), {})[method] = seconds
+    for *case, method, seconds in rows: measured.setdefault(tuple(case), {})[method] = seconds
     losses = []
     for case, seconds in measured.items():
         _, estimated = calibration_case(*case)
@@ -284,11 +288,11 @@ def choice_loss(rows, rates, rank=33):
 def calibrate_rates(device='cpu', precisions=('float32', 'bfloat16'), progress=True):
     "Measure and fit the rates of this machine, keep them in `rates_file()`, and return a table of what was measured: about two minutes."
     table, fitted, settings = [], {}, [(p, t) for p in precisions for t in (True, False)]
-    for precision, training in progress_bar(settings, display=progress):
+    for precision, training in progress_bar(settings, display=progress, leave=False):
         mode = 'training' if training else 'inference'
         rows = measure_methods(device, getattr(torch, precision), training)
         fitted.setdefault(precision, {})[mode] = fit = fit_rates(rows, start=rates['cpu']['float32'][mode])
-        table.append(dict(precision=precision, mode=mode, shapes=len({r[:3] for r in rows}), loss_percent=f'{100*choice_loss(rows, fit):.1f}',
+        table.append(dict(precision=precision, mode=mode, cases=len({r[:4] for r in rows}), loss_percent=f'{100*choice_loss(rows, fit):.1f}',
                           builtin_percent=f'{100*choice_loss(rows, rates_of(device, getattr(torch, precision), training)):.1f}'))
     keep_rates(device, fitted)
     return table

@@ -63,39 +63,39 @@ def _matmul_work(batch, channels, size, out_channels, in_channels, kernel, out, 
     return dict(matmul_transform=transforms + kernels*min(before, after), matmul_product=product, matmul_numbers=numbers,
                 matmul_reorder=0 if channels_last else planes, matmul_frequencies=frequencies, matmul_call=1)
 
-# %% ../nbs/12_costs.ipynb #d7ccc7ba
+# %% ../nbs/12_costs.ipynb #5b283d9d
 rates = dict(
     cpu=dict(
         float32=dict(
             training=dict(
-                direct=2.3e-11, direct_last=3e-11, direct_wide=3.9e-10, direct_depthwise=2.1e-10,
-                direct_1d=5.9e-11, direct_strided=7.7e-11, direct_strided_1d=1.4e-10, direct_wide_1d=7.4e-11,
-                direct_depthwise_1d=6.1e-10, direct_call=0.0004, mix=2.1e-10, transform=5.5e-10,
-                product=2.6e-10, product_depthwise=7.2e-09, fft_call=0.00053, lowrank_call=0.00086,
-                matmul_transform=3.8e-11, matmul_product=9.3e-11, matmul_numbers=1.5e-09,
-                matmul_reorder=1.2e-09, matmul_frequencies=9.9e-07, matmul_call=0.0017),
+                direct=2.7e-11, direct_last=2.8e-11, direct_wide=6.7e-11, direct_depthwise=8.1e-10,
+                direct_1d=4.5e-11, direct_strided=9.7e-11, direct_strided_1d=1.4e-10, direct_wide_1d=7.7e-11,
+                direct_depthwise_1d=6.6e-10, direct_call=0.0011, mix=2.2e-10, transform=4e-10, product=2.5e-10,
+                product_depthwise=2.7e-09, fft_call=0.0011, lowrank_call=0.0013, matmul_transform=4.9e-11,
+                matmul_product=6.8e-11, matmul_numbers=7.9e-10, matmul_reorder=2.9e-09,
+                matmul_frequencies=6.7e-07, matmul_call=0.0023),
             inference=dict(
-                direct=7e-12, direct_last=9.7e-12, direct_wide=9.8e-12, direct_depthwise=1.4e-11,
-                direct_1d=2.1e-11, direct_strided=1.2e-11, direct_strided_1d=4e-11, direct_wide_1d=1.7e-11,
-                direct_depthwise_1d=3.2e-10, direct_call=0.00021, mix=5.6e-11, transform=2.3e-10,
-                product=2e-10, product_depthwise=4.6e-09, fft_call=0.00024, lowrank_call=0.00032,
-                matmul_transform=2.3e-11, matmul_product=2.8e-11, matmul_numbers=4.3e-10,
-                matmul_reorder=1.5e-09, matmul_frequencies=5.1e-08, matmul_call=0.00063)),
+                direct=8.6e-12, direct_last=9.4e-12, direct_wide=1.4e-11, direct_depthwise=8.5e-11,
+                direct_1d=1.4e-11, direct_strided=1.1e-11, direct_strided_1d=4e-11, direct_wide_1d=1.7e-11,
+                direct_depthwise_1d=1.8e-10, direct_call=0.00036, mix=6.8e-11, transform=2e-10, product=1e-10,
+                product_depthwise=7.6e-10, fft_call=0.00044, lowrank_call=0.00042, matmul_transform=2.1e-11,
+                matmul_product=2.6e-11, matmul_numbers=3.8e-10, matmul_reorder=1.5e-09,
+                matmul_frequencies=1.8e-07, matmul_call=0.00097)),
         bfloat16=dict(
             training=dict(
-                direct=1.2e-11, direct_last=1.4e-11, direct_wide=5.1e-10, direct_depthwise=3.2e-10,
-                direct_1d=2.4e-11, direct_strided=4.4e-11, direct_strided_1d=1.4e-10, direct_wide_1d=5.7e-11,
-                direct_depthwise_1d=7.2e-10, direct_call=0.00075, mix=1.7e-10, transform=4.1e-10,
-                product=4.3e-10, product_depthwise=8.2e-09, fft_call=0.00059, lowrank_call=0.00098,
-                matmul_transform=1.7e-11, matmul_product=2.9e-11, matmul_numbers=5.7e-10,
-                matmul_reorder=3.1e-09, matmul_frequencies=1.2e-06, matmul_call=0.0021),
+                direct=1.6e-11, direct_last=1.4e-11, direct_wide=3.9e-10, direct_depthwise=4e-10,
+                direct_1d=2.4e-11, direct_strided=4.4e-11, direct_strided_1d=1.4e-10, direct_wide_1d=5.5e-11,
+                direct_depthwise_1d=7.6e-10, direct_call=0.00093, mix=2.3e-10, transform=4.3e-10,
+                product=2.6e-10, product_depthwise=6.1e-09, fft_call=0.0013, lowrank_call=0.0015,
+                matmul_transform=1.8e-11, matmul_product=2.4e-11, matmul_numbers=7.7e-10,
+                matmul_reorder=1.7e-09, matmul_frequencies=1.5e-06, matmul_call=0.0029),
             inference=dict(
-                direct=4e-12, direct_last=4.3e-12, direct_wide=3.9e-12, direct_depthwise=9.7e-12,
-                direct_1d=6.4e-12, direct_strided=5.8e-12, direct_strided_1d=4e-11, direct_wide_1d=1.3e-11,
-                direct_depthwise_1d=3.1e-10, direct_call=0.0002, mix=5.1e-11, transform=2e-10, product=1.4e-10,
-                product_depthwise=2.7e-09, fft_call=0.00024, lowrank_call=0.00047, matmul_transform=9e-12,
-                matmul_product=8.3e-12, matmul_numbers=1.2e-10, matmul_reorder=9.3e-10,
-                matmul_frequencies=3.7e-07, matmul_call=0.0009))),
+                direct=5.1e-12, direct_last=4.2e-12, direct_wide=3.4e-12, direct_depthwise=9.7e-12,
+                direct_1d=6.5e-12, direct_strided=6e-12, direct_strided_1d=4e-11, direct_wide_1d=1.3e-11,
+                direct_depthwise_1d=3.1e-10, direct_call=0.00024, mix=5.1e-11, transform=1.9e-10,
+                product=1.3e-10, product_depthwise=3.3e-09, fft_call=0.00049, lowrank_call=0.00052,
+                matmul_transform=1.1e-11, matmul_product=7e-12, matmul_numbers=1.3e-10, matmul_reorder=1.2e-09,
+                matmul_frequencies=3.7e-07, matmul_call=0.0012))),
     cuda=dict(
         float32=dict(
             training=dict(

@@ -253,8 +253,8 @@ def fast_length(n):
     "The smallest even length of at least `n` with no prime factor but 2, 3 and 5."
     return _fast_length(int(n))          # int: sizes are tensors under torch.jit.trace
 
-# %% ../nbs/10_transforms.ipynb #324987b4
-chunk_numbers = dict(cpu=2**19)    # numbers per chunk of a transform, by device type; others take 2**28
+# %% ../nbs/10_transforms.ipynb #ed9a2665
+chunk_numbers = dict(cpu=2**21)    # numbers per chunk of a transform, by device type; others take 2**28
 
 def chunks(n, numbers, device):
     "Slices of `range(n)`, where each item has this many numbers."

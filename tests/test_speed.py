@@ -92,13 +92,13 @@ def test_networks_that_are_not_linear_at_the_end_are_sampled_whole():
 
 def test_rates_are_fitted_to_what_was_measured():
     "Times that follow the model exactly give back its rates, and a choice that loses nothing."
-    from flexconv.bench import calibration_case, calibration_shapes, choice_loss, fit_rates
+    from flexconv.bench import calibration_case, calibration_cases, choice_loss, fit_rates
     from flexconv.costs import count_work, rates
     start = rates['cpu']['float32']['training']
     factors = (3, 0.5, 2, 1, 0.3, 2, 1, 4)
     truth = {unit: rate*factors[i % 8] for i, (unit, rate) in enumerate(start.items())}
     rows, counted = [], set()
-    for case in calibration_shapes():
+    for case in calibration_cases(False):
         work = count_work(*case[:2], rank=33, **calibration_case(*case)[1])
         counted |= {unit for units in work.values() for unit, n in units.items() if n}
         rows += [(*case, method, sum(truth[unit]*n for unit, n in units.items())) for method, units in work.items()]
