@@ -17,6 +17,9 @@ from .kernels import *
 from .magnet import *
 from .mask import *
 from .crop import *
+from .transforms import *
+from .correlate import *
+from .costs import *
 from .conv import *
 from .layers import *
 from .aliasing import *

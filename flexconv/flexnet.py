@@ -271,35 +271,35 @@ def _size_icon(layer):
 
 # %% ../nbs/30_flexnet.ipynb #a6de6ed6
 def layer_table(model,      # a network, or a layer
-                x=None,     # an input of the network, a tuple of several, or the shape of one: then the table says which engine computes each layer
+                x=None,     # an input of the network, a tuple of several, or the shape of one: then the table says which method computes each layer
                ):
-    "The continuous layers of a model, with learned sizes in pixels (samples for sequences), sigma, engine and number of parameters: a `LayerTable`."
+    "The continuous layers of a model, with learned sizes in pixels (samples for sequences), sigma, method and number of parameters: a `LayerTable`."
     layers = conv_layers(model)
     if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
     if _on_meta(model): raise ValueError('model must hold values; it is on the meta device')
-    engines = {name: m.conv_method for name, m in layers.items()} if x is None else _engines(model, x)
+    methods = {name: m.conv_method for name, m in layers.items()} if x is None else _methods(model, x)
     count = lambda m: sum(p.numel() for p in m.parameters())
     times = lambda size: '×'.join(map(str, size))
     rows = [dict(layer=name or type(m).__name__, channels=f'{m.in_channels} → {m.out_channels}', size=times(m.size), of=times(m.grid_size),
-                 sigma=', '.join(f'{s:.3f}' for s in m.mask.sigma.detach().abs().tolist()) if hasattr(m, 'mask') else '', engine=engines[name], parameters=f'{count(m):,}',
+                 sigma=', '.join(f'{s:.3f}' for s in m.mask.sigma.detach().abs().tolist()) if hasattr(m, 'mask') else '', method=methods[name], parameters=f'{count(m):,}',
                  _icon=_size_icon(m)) for name, m in layers.items()]
     return LayerTable(rows, f'{type(model).__name__}, {count(model):,} parameters')
 
 def _on_meta(model): return any(p.is_meta for p in model.parameters())
 
 @torch.no_grad()
-def _engines(model, x):
-    "Which way each layer takes for an input, several inputs, or an input of a shape: asked of a copy, so that nothing in the model changes."
+def _methods(model, x):
+    "The method that each layer takes for an input, several inputs, or an input of a shape: asked of a copy, so that nothing in the model changes."
     if isinstance(x, (tuple, list)) and x and all(isinstance(n, int) for n in x):
         p = next(model.parameters(), torch.empty(0))
         x = torch.zeros(x, dtype=p.dtype, device=p.device)
     inputs = x if isinstance(x, (tuple, list)) else (x,)
     if not inputs or not all(isinstance(t, torch.Tensor) for t in inputs): raise TypeError(f'x must be an input of the model, a tuple of its inputs, or a shape; got {x!r:.100}')
-    model, ways = copy.deepcopy(model).eval(), {}
-    def ask(name, m, args, kwargs): ways.setdefault(name, []).append(m.method(*args, **kwargs))
+    model, found = copy.deepcopy(model).eval(), {}
+    def ask(name, m, args, kwargs): found.setdefault(name, []).append(m.method(*args, **kwargs))
     for name, m in conv_layers(model).items(): m.register_forward_pre_hook(partial(ask, name), with_kwargs=True)
     model(*inputs)
-    return {name: ', '.join(dict.fromkeys(ways.get(name, ['not used']))) for name in conv_layers(model)}
+    return {name: ', '.join(dict.fromkeys(found.get(name, ['not used']))) for name in conv_layers(model)}
 
 # %% ../nbs/30_flexnet.ipynb #dd19b99b
 def _repr_html_(self): return layer_table(self)._repr_html_() if conv_layers(self) and not _on_meta(self) else None      # None: the tree, as for any module

@@ -43,7 +43,7 @@ class CKConv(nn.Module):
                  *,
                  kernel='magnet',          # kernel network: a registered name, or a callable `(ndim, out_channels, **kernel_options)`
                  causal=False,             # 1d only: output t sees inputs up to t
-                 conv_method='auto',       # 'auto', 'direct', 'fft', 'lowrank' or 'autotune', see `conv_nd`
+                 conv_method='auto',       # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
                  kernel_options=None,      # dict of further arguments for the kernel network
                  init='paper',             # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):
@@ -230,7 +230,7 @@ def forward(self:CKConv,
 def method(self:CKConv,
         x,       # as in `forward`
        ):
-    "The way of convolution that `forward` takes for `x`: 'direct', 'fft' or 'lowrank'."
+    "The method of convolution that `forward` takes for `x`: 'direct', 'fft', 'lowrank' or 'matmul'."
     kernel, bounds = self.forward_kernel()
     return conv_method(x, kernel, self.stride, self.cropped_padding(bounds), self.groups, dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method)
 
@@ -284,7 +284,7 @@ class FlexConv(CKConv):
                  sigma=0.075,              # initial width of the mask, of [-1, 1]: a number, or one per axis
                  threshold=0.1,            # the kernel ends where the mask falls below this
                  causal=False,             # 1d only: output t sees inputs up to t
-                 conv_method='auto',       # 'auto', 'direct', 'fft', 'lowrank' or 'autotune', see `conv_nd`
+                 conv_method='auto',       # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
                  kernel_options=None,      # dict of further arguments for the kernel network
                  init='paper',             # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):

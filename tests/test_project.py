@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = 'kernels magnet mask crop conv layers aliasing flexnet baselines data learner distributed resolution export plot jupyter cli bench results site'.split()
+MODULES = 'kernels magnet mask crop transforms correlate costs conv layers aliasing flexnet baselines data learner distributed resolution export plot jupyter cli bench results site'.split()
 
 
 def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
