@@ -236,9 +236,10 @@ class TensorSequence(TensorBase):
         ax.plot(self.as_subclass(torch.Tensor).T.cpu(), lw=0.6); ax.set(xticks=[], yticks=[])
         return ax
 
-# %% ../nbs/40_data.ipynb #bfbef985
-def plot_top_losses(x:TensorSequence, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,
+# %% ../nbs/40_data.ipynb #601b94e6
+def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,
                     figsize=None, **kwargs):
+    "What `Interpretation.plot_top_losses` shows of sequences, and of images where fastai's vision is not imported."
     axs = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, title='Prediction/Actual/Loss/Probability')
     for ax, sample, out, raw, loss in zip(axs, samples, outs, raws, losses):
         sample[0].show(ctx=ax, **kwargs)
