@@ -104,7 +104,7 @@ class ImageSet:
         "The same classes without images, as fastai stores with an exported `Learner`."
         return self.with_images([])
 
-# %% ../nbs/40_data.ipynb #44c11c8b
+# %% ../nbs/40_data.ipynb #107c5072
 class ImageTensors(ImageSet):
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
     def __init__(self,
@@ -128,6 +128,8 @@ class ImageTensors(ImageSet):
         for i in images:
             if i.dtype != torch.uint8 or i.ndim != 3 or len(i) != old.shape[1]:
                 raise ValueError(f'images must be uint8, ({old.shape[1]}, H, W); got {i.dtype} {tuple(i.shape)}')
+        if len({i.shape for i in images}) > 1:
+            raise ValueError(f'images must have one size; got {", ".join(sorted({str(tuple(i.shape)) for i in images}))}')
         self.x = torch.stack(images).to(old.device) if images else old[:0].clone()    # a view would keep the old images
         if self.y is not None: self.y = self.y.to(old.device)
         return self
@@ -438,14 +440,19 @@ def open_image(source):    # path, bytes, `PIL.Image`, uint8 array `(H, W)` or `
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         raise ValueError(f'{name} is not a readable image: {e}') from None
 
-# %% ../nbs/40_data.ipynb #2c75aab5
+# %% ../nbs/40_data.ipynb #b96f62ac
 def _probe(file):
-    "`(height, width)` of an image file, or what is wrong with it."
-    try: return open_image(file).shape
-    except ValueError as e: return str(e)
+    "`(height, width)` of an image file as `open_image` gives it, or a sentence on what is wrong with it."
+    try:
+        im = _as_picture(file)
+        (width, height), turned = im.size, im.getexif().get(0x0112) in (5, 6, 7, 8)
+        im.draft(im.mode, (32, 32))               # a JPEG file is read to its end, but at an eighth of its size
+        _as_rgb(im)
+        return (width, height) if turned else (height, width)
+    except Exception as e: return f'{file} is not a readable image: {e}'
 
 def common_size(files):
-    "`(height, width)` of image files, None where they differ. A ValueError names those that cannot be read."
+    "`(height, width)` of image files, or where they differ, `{(height, width): a file}`. A ValueError names unreadable ones."
     shapes = list(parallel(_probe, files, threadpool=True, n_workers=4, progress=False))
     if broken := [s for s in shapes if isinstance(s, str)]:
         raise ValueError(f'{len(broken)} of {len(files)} files are not readable images; delete or replace them: '

@@ -106,10 +106,12 @@ LAYOUTS = {                                   # files, folders without files, op
     'empty class in train': (AB + pictures(2, 'val/a'), ['train/c'], {}, 'found none in c'),
     'nested classes': (pictures(2, 'a/x', 'a/y', 'b/x'), [], {}, 'found a/x/0.png'),
     'nested in train': (AB + pictures(2, 'train/a/x', 'val/a'), [], {}, 'found train/a/x/0.png'),
-    'folder of a folder': (pictures(2, 'pets/train/a', 'pets/train/b', 'pets/val/a'), [], {}, 'found pets/train/a/0.png'),
+    'folder of a folder': (pictures(2, 'pets/train/a', 'pets/train/b', 'pets/val/a'), [], {},
+                           'found pets/train/a/0.png'),
     'unlabelled train': (['train/1.png', 'val/a/1.png'], [], {}, 'train/CLASS/IMAGE; found train/1.png'),
     'unlabelled valid': (AB + ['val/1.png'], [], {}, 'val/CLASS/IMAGE; found val/1.png'),
-    'unlabelled test': (AB + ['test/1.png', 'test/2.png'], [], {}, 'no labelled images .* found 2 images in test, 8 images in train'),
+    'unlabelled test': (AB + ['test/1.png', 'test/2.png'], [], {},
+                        'no labelled images .* found 2 images in test, 8 images in train'),
     'half-labelled test': (AB + ['test/a/1.png', 'test/2.png'], [], {}, 'no labelled images'),
     'train alone': (AB, [], {}, 'no labelled images .* found 8 images in train'),
     'empty valid': (AB, ['val'], {}, 'no labelled images .* 0 images in val'),
@@ -117,11 +119,13 @@ LAYOUTS = {                                   # files, folders without files, op
     'test alone': (pictures(2, 'test/a', 'test/b'), [], {}, 'must hold train beside test'),
     'val and valid': (AB + pictures(2, 'val/a', 'valid/a'), [], {}, 'holds both val and valid'),
     'test and testing': (AB + pictures(2, 'test/a', 'testing/a'), [], {}, 'holds both test and testing'),
-    'others beside train': (AB + pictures(2, 'val/a', 'extra/a'), [], {}, 'found extra/a/0.png, extra/a/1.png beside train, val'),
+    'others beside train': (AB + pictures(2, 'val/a', 'extra/a'), [], {},
+                            'found extra/a/0.png, extra/a/1.png beside train, val'),
     'a class beside train': (AB + pictures(2, 'a'), [], dict(valid_pct=0.5), 'found a/0.png'),
     'unknown class in valid': (AB + pictures(2, 'val/a', 'val/cat'), [], {}, 'must be among a, b; found cat'),
     'unknown class in test': (AB + pictures(2, 'test/a', 'test/cat'), [], {}, 'must be among a, b; found cat'),
-    'part of a divided folder': (AB + pictures(2, 'val/a'), [], dict(valid_pct=0.5), 'valid_pct is for folders without'),
+    'part of a divided folder': (AB + pictures(2, 'val/a'), [], dict(valid_pct=0.5),
+                                 'valid_pct is for folders without'),
     'part of all': (pictures(4, 'a', 'b'), [], dict(valid_pct=1.), 'valid_pct must be a number'),
     'one image per class': (pictures(1, 'a', 'b'), [], {}, 'no class has two images'),
 }
@@ -221,14 +225,16 @@ def test_damaged_files_are_named(folder, content):
 def test_mixed_sizes_and_modes(tmp_path):
     write(tmp_path, pictures(3, 'a', 'b'))
     write(tmp_path, pictures(3, 'c'), size=(20, 9), mode='L')
-    with pytest.raises(ValueError, match=r'different sizes, so size must be given; got .*10x12.*20x9'): get_dls(tmp_path)
+    with pytest.raises(ValueError, match=r'different sizes, so size must be given; got .*10x12.*20x9'):
+        get_dls(tmp_path)
     assert get_dls(tmp_path, size=8, bs=3).one_batch()[0].shape == (3, 3, 8, 8)
 
 
 def test_values_are_those_of_the_files(folder):
     dls = get_dls(folder, bs=4)
     x, y = next(iter(dls.valid))
-    rgb = torch.stack([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) for f in dls.valid_ds.files[:4]])/255
+    arrays = [torch.from_numpy(np.array(Image.open(f))) for f in dls.valid_ds.files[:4]]
+    rgb = torch.stack(arrays).permute(0, 3, 1, 2)/255
     mean, std = (torch.tensor(dls.record[k]).view(3, 1, 1) for k in ('mean', 'std'))
     torch.testing.assert_close(x.as_subclass(torch.Tensor), (rgb - mean)/std)
     assert y.tolist() == [list(dls.vocab).index(f.parent.name) for f in dls.valid_ds.files[:4]]
@@ -240,8 +246,9 @@ def test_record_is_json_and_makes_the_same_dls(folder):
     dls = get_dls(folder, bs=4, size=8, valid_pct=0.3, seed=5)
     record = json.loads(json.dumps(dls.record))
     assert record == dls.record == folder_record(folder, 8, 0.3, 5)
-    assert {k: record[k] for k in ('classes', 'num_classes', 'channels', 'size', 'input_shape', 'seed', 'valid_pct')} == dict(
-        classes=['cat', 'dog', 'emu'], num_classes=3, channels=3, size=[8, 8], input_shape=[3, 8, 8], seed=5, valid_pct=0.3)
+    want = dict(classes=['cat', 'dog', 'emu'], num_classes=3, channels=3, size=[8, 8], input_shape=[3, 8, 8], seed=5,
+                valid_pct=0.3, train_items=21, valid_items=9)
+    assert {k: record[k] for k in want} == want
     again = record_dls(record, folder, bs=4)
     assert again.train_ds.files == dls.train_ds.files and again.valid_ds.files == dls.valid_ds.files
     for (x, y), (v, w) in zip(dls.valid, again.valid): assert torch.equal(x, v) and torch.equal(y, w)
@@ -253,7 +260,8 @@ def test_changes_are_named(folder):
     write(folder, ['cat/new.png'])
     (folder/'dog'/'1.png').unlink()
     (folder/'emu'/'only.png').write_bytes((folder/'emu'/'2.png').read_bytes() + b'0')
-    with pytest.raises(ValueError, match='came: cat/new.png, emu/only.png; went: dog/1.png'): check_record(record, folder)
+    with pytest.raises(ValueError, match='came: cat/new.png, emu/only.png; went: dog/1.png'):
+        check_record(record, folder)
 
 
 def test_moves_are_named(tmp_path):
@@ -378,8 +386,8 @@ def test_predict(folder):
     dls = get_dls(folder, bs=4)
     learn = learner(dls)
     with learn.no_bar():
-        scores = [learn.predict(source)[2] for source in (folder/'cat'/'0.png', str(folder/'cat'/'0.png'),
-                  Image.open(folder/'cat'/'0.png'), np.array(Image.open(folder/'cat'/'0.png')), (folder/'cat'/'0.png').read_bytes())]
+        file, image = folder/'cat'/'0.png', Image.open(folder/'cat'/'0.png')
+        scores = [learn.predict(s)[2] for s in (file, str(file), image, np.array(image), file.read_bytes())]
     for s in scores[1:]: assert torch.equal(s, scores[0])
     assert learn.predict(folder/'cat'/'0.png')[0] in dls.vocab
 
@@ -447,3 +455,21 @@ def test_plain_loop(kind, folder):
         learn.fit(1)
         learn.show_results()
     assert [type(t) for t in next(iter(dls.test_dl([dls.valid_ds.items[0][0]])))] == [torch.Tensor]
+
+
+# Runs
+
+def test_a_run_keeps_its_split(folder, tmp_path, capsys):
+    from flexconv.cli import flexconv_eval, flexconv_train
+    run = tmp_path/'run'
+    options = dict(data=str(folder), model='flexnet3', width=4, epochs=1, bs=8, device='cpu')
+    flexconv_train(**options, out=str(run))
+    record = json.loads((run/'data.json').read_text())
+    assert record == get_dls(folder, bs=8).record | dict(name=record['name'])
+    flexconv_eval(str(run), device='cpu')
+    assert 'on 6 items' in capsys.readouterr().out
+    (folder/'cat'/'new.png').write_bytes((folder/'cat'/'0.png').read_bytes())
+    for command in (lambda: flexconv_eval(str(run), device='cpu'),
+                    lambda: flexconv_train(resume=str(run), device='cpu')):
+        with pytest.raises(SystemExit): command()
+        assert 'came: cat/new.png' in capsys.readouterr().err
