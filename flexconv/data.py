@@ -104,7 +104,7 @@ class ImageSet:
         "The same classes without images, as fastai stores with an exported `Learner`."
         return self.with_images([])
 
-# %% ../nbs/40_data.ipynb #107c5072
+# %% ../nbs/40_data.ipynb #596cfc9a
 class ImageTensors(ImageSet):
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
     def __init__(self,
@@ -128,8 +128,8 @@ class ImageTensors(ImageSet):
         for i in images:
             if i.dtype != torch.uint8 or i.ndim != 3 or len(i) != old.shape[1]:
                 raise ValueError(f'images must be uint8, ({old.shape[1]}, H, W); got {i.dtype} {tuple(i.shape)}')
-        if len({i.shape for i in images}) > 1:
-            raise ValueError(f'images must have one size; got {", ".join(sorted({str(tuple(i.shape)) for i in images}))}')
+        shapes = sorted({tuple(i.shape) for i in images})
+        if len(shapes) > 1: raise ValueError(f'images must have one size; got {", ".join(map(str, shapes))}')
         self.x = torch.stack(images).to(old.device) if images else old[:0].clone()    # a view would keep the old images
         if self.y is not None: self.y = self.y.to(old.device)
         return self
@@ -238,7 +238,7 @@ class TensorSequence(TensorBase):
         ax.plot(self.as_subclass(torch.Tensor).T.cpu(), lw=0.6); ax.set(xticks=[], yticks=[])
         return ax
 
-# %% ../nbs/40_data.ipynb #601b94e6
+# %% ../nbs/40_data.ipynb #7e2d8567
 def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,
                     figsize=None, **kwargs):
     "What `Interpretation.plot_top_losses` shows of sequences, and of images where fastai's vision is not imported."
@@ -248,7 +248,7 @@ def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, out
         ax.set_title(f'{out[0]}/{sample[1]} / {loss.item():.2f} / {raw.max().item():.2f}')
 
 _known = fastai.interpret.plot_top_losses
-(_known.dispatch if hasattr(_known, 'dispatch') else _known.add)(plot_top_losses)     # plum; fastcore before fastai 2.8
+(_known.dispatch if hasattr(_known, 'dispatch') else _known.add)(plot_top_losses);    # plum; fastcore before fastai 2.8
 
 # %% ../nbs/40_data.ipynb #8072858f
 def read_images(files,      # paths
@@ -440,7 +440,7 @@ def open_image(source):    # path, bytes, `PIL.Image`, uint8 array `(H, W)` or `
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         raise ValueError(f'{name} is not a readable image: {e}') from None
 
-# %% ../nbs/40_data.ipynb #b96f62ac
+# %% ../nbs/40_data.ipynb #007b376f
 def _probe(file):
     "`(height, width)` of an image file as `open_image` gives it, or a sentence on what is wrong with it."
     try:
@@ -452,7 +452,7 @@ def _probe(file):
     except Exception as e: return f'{file} is not a readable image: {e}'
 
 def common_size(files):
-    "`(height, width)` of image files, or where they differ, `{(height, width): a file}`. A ValueError names unreadable ones."
+    "`(height, width)` of image files, or if they differ, `{(height, width): a file}`. A ValueError names damaged ones."
     shapes = list(parallel(_probe, files, threadpool=True, n_workers=4, progress=False))
     if broken := [s for s in shapes if isinstance(s, str)]:
         raise ValueError(f'{len(broken)} of {len(files)} files are not readable images; delete or replace them: '
@@ -702,14 +702,14 @@ def _input_shape(x, size, sequence):
     image = TensorImage(torch.zeros(1, x.shape[1], *((size, size) if size else x.shape[2:])))
     return tuple((image if sequence is None else sequence(image)).shape[1:])
 
-# %% ../nbs/40_data.ipynb #6aa63953
+# %% ../nbs/40_data.ipynb #f8aa124c
 def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (see `data_sets`), or a folder of images
             path=None,          # folder of the unpacked data set; by default fastai's own, downloaded if needed
             bs=64,              # batch size
             size=None,          # resize to this height and width, in pixels
             *,
             augment=None,       # random crops and flips? by default as is usual for the data set
-            valid_pct=None,     # hold out this part for validation; by default the test set (0.2 of an undivided folder)
+            valid_pct=None,     # part held out for validation; by default the test set (0.2 of an undivided folder)
             max_items=None,     # train on this many random items only
             seed=0,             # of `valid_pct`, `max_items`, and of the permutation or noise of a sequence set
             device=None,        # by default fastai's default device

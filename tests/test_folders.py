@@ -180,6 +180,17 @@ def test_exif_counts_for_the_common_size(tmp_path):
     assert get_dls(tmp_path, bs=2).record['size'] == [4, 8]
 
 
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_size_of_photographs(tmp_path, orientation):
+    exif = Image.Exif(); exif[0x0112] = orientation
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(2): Image.new('RGB', (320, 200)).save(tmp_path/c/f'{i}.jpg', exif=exif)
+    dls = get_dls(tmp_path, bs=2)
+    assert dls.record['size'] == ([320, 200] if orientation > 4 else [200, 320])
+    assert list(dls.one_batch()[0].shape[2:]) == dls.record['size']
+
+
 def test_16_bits(tmp_path):
     for name in 'a.png', 'a.tif':
         Image.fromarray(gradient()).save(tmp_path/name)
