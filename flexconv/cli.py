@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 
 # %% ../nbs/61_cli.ipynb #76f3d56d
 import flexconv
-from .data import check_record, data_sets, get_dls    # first: it keeps fastai's import quiet
+from .data import check_record, data_sets, divide, get_dls    # first: it keeps fastai's import quiet
 import fastai
 from fastai.interpret import ClassificationInterpretation
 from fastai.losses import CrossEntropyLossFlat
@@ -219,7 +219,11 @@ def check_data(run,    # run folder
     if not file.exists() or not Path(cfg['data']).is_dir(): return
     try: record = json.loads(file.read_text())
     except ValueError as e: raise ValueError(f'{file} is damaged: {e}') from None
-    if 'files' in record: check_record(record, cfg['data'])
+    if 'files' not in record: return
+    check_record(record, cfg['data'])
+    split = map(list, divide(cfg['data'], cfg['valid_pct'], cfg['seed']))
+    if list(split) != list(map(list, record['files'].values())):
+        raise ValueError(f'{file} divides {cfg["data"]} otherwise than this version does; read the run with record_dls')
 
 # %% ../nbs/61_cli.ipynb #ecfc2c84
 def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...

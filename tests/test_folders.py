@@ -479,6 +479,11 @@ def test_a_run_keeps_its_split(folder, tmp_path, capsys):
     assert record == get_dls(folder, bs=8).record | dict(name=record['name'])
     flexconv_eval(str(run), device='cpu')
     assert 'on 6 items' in capsys.readouterr().out
+    other = folder_record(folder, seed=1)
+    (run/'data.json').write_text(json.dumps(other))
+    with pytest.raises(SystemExit): flexconv_eval(str(run), device='cpu')
+    assert 'otherwise than this version does' in capsys.readouterr().err
+    (run/'data.json').write_text(json.dumps(record))
     (folder/'cat'/'new.png').write_bytes((folder/'cat'/'0.png').read_bytes())
     for command in (lambda: flexconv_eval(str(run), device='cpu'),
                     lambda: flexconv_train(resume=str(run), device='cpu')):
