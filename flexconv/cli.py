@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 
 # %% ../nbs/61_cli.ipynb #76f3d56d
 import flexconv
-from .data import data_sets, get_dls    # first: it keeps fastai's import quiet
+from .data import check_record, data_sets, divide, get_dls    # first: it keeps fastai's import quiet
 import fastai
 from fastai.interpret import ClassificationInterpretation
 from fastai.losses import CrossEntropyLossFlat
@@ -207,8 +207,23 @@ def read_config(run,    # a run folder
     try: cfg = json.loads(file.read_text())
     except ValueError as e: raise ValueError(f'{file} is damaged: {e}') from None       # of json, or of what is no text
     if not isinstance(cfg, dict) or not {'data', 'model', 'epochs'} <= set(cfg): raise ValueError(f'{file} is not the configuration of a run')
-    try: return check_config(base_config | cfg)
+    try: cfg = check_config(base_config | cfg)
     except (ValueError, TypeError) as e: raise ValueError(f'{file}: {e}') from None
+    check_data(Path(run), cfg)
+    return cfg
+
+def check_data(run,    # run folder
+               cfg):   # its configuration
+    "A ValueError that names the files that came, went, moved or changed in a run's folder of images since it was split."
+    file = run/'data.json'
+    if not file.exists() or not Path(cfg['data']).is_dir(): return
+    try: record = json.loads(file.read_text())
+    except ValueError as e: raise ValueError(f'{file} is damaged: {e}') from None
+    if 'files' not in record: return
+    check_record(record, cfg['data'])
+    split = map(list, divide(cfg['data'], cfg['valid_pct'], cfg['seed']))
+    if list(split) != list(map(list, record['files'].values())):
+        raise ValueError(f'{file} divides {cfg["data"]} otherwise than this version does; read the run with record_dls')
 
 # %% ../nbs/61_cli.ipynb #ecfc2c84
 def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
@@ -297,7 +312,9 @@ def train(learn,              # of `make_learner`
             save_weights(learn.model, folder/'model.safetensors')
         say(f'{folder}: {start} of {cfg["epochs"]} epochs are done')
     elif resume and cfg.get('source') and learn.opt is None: raise ValueError(f'{folder} continues {folder.parent} and has not finished an epoch: resume that')
-    elif not rank_distrib(): write_atomically(folder/'config.json', json.dumps(cfg | facts, indent=1) + '\n')
+    elif not rank_distrib():
+        write_atomically(folder/'config.json', json.dumps(cfg | facts, indent=1) + '\n')
+        write_atomically(folder/'data.json', json.dumps(learn.dls.record, indent=1) + '\n')
     say(f'{cfg["model"]} ({facts["parameters"]:,} parameters) on {cfg["data"]} ({facts["train_items"]:,} + {facts["valid_items"]:,} items) on {facts["device"]}, {cfg["epochs"]} epochs -> {folder}')
     if start < cfg['epochs']:
         with plain_log(learn), all_processes(learn, reseed=not start): learn.fit_cosine(cfg['epochs'], warmup_epochs=cfg['warmup_epochs'], start_epoch=start, cbs=[RunRecorder(folder, rows)])

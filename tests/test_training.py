@@ -90,7 +90,8 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
     out = run('flexconv_train', '--epochs', 2, '--width', 4, '--max_items', 256, '--out', tmp_path/'run')
     assert 'Last epoch: accuracy' in out.stdout and 'Traceback' not in out.stderr and 'Warning' not in out.stderr
     names = {p.name for p in (tmp_path/'run').iterdir()}
-    assert names == {'config.json', 'metrics.csv', 'model.safetensors', 'checkpoint.pt', 'previous-checkpoint.pt', 'kernels.png', 'sizes.png'}
+    assert names == {'config.json', 'data.json', 'metrics.csv', 'model.safetensors', 'checkpoint.pt',
+                     'previous-checkpoint.pt', 'kernels.png', 'sizes.png'}
     config, rows = json.loads((tmp_path/'run/config.json').read_text()), read_csv(tmp_path/'run/metrics.csv')
     assert config['epochs'] == 2 and config['lr'] == 0.01 and config['model'] == 'flexnet3' and config['seed'] == 0 and config['parameters'] > 0 and 'torch' in config['versions']
     assert [r['epoch'] for r in rows] == ['0', '1'] and sum(k.startswith('size/') for k in rows[0]) == 7
