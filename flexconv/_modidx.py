@@ -762,4 +762,6 @@ d = { 'settings': { 'branch': 'main',
                                      'flexconv.transforms.is_channels_last': ('transforms.html#is_channels_last', 'flexconv/transforms.py'),
                                      'flexconv.transforms.missing_gain': ('transforms.html#missing_gain', 'flexconv/transforms.py'),
                                      'flexconv.transforms.power_of_two': ('transforms.html#power_of_two', 'flexconv/transforms.py'),
-                                     'flexconv.transforms.real_rows': ('transforms.html#real_rows', 'flexconv/transforms.py')}}}
+                                     'flexconv.transforms.real_rows': ('transforms.html#real_rows', 'flexconv/transforms.py'),
+                                     'flexconv.transforms.to_channels_last': ( 'transforms.html#to_channels_last',
+                                                                               'flexconv/transforms.py')}}}

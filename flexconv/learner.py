@@ -34,6 +34,7 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib, to_detach
 # %% ../nbs/42_learner.ipynb #2be267d8
 from .kernels import check_number, per_axis
 from .mask import GaussianMask, cutoff_in_sigmas
+from .transforms import to_channels_last
 from .layers import CKConv, refresh_sizes, read_blocks
 from .aliasing import aliasing_loss
 from .flexnet import conv_layers, create_model, kernel_sizes, list_models
@@ -55,9 +56,7 @@ class MaskAdam(OptimWrapper):
                  mask_lr=0.1,            # factor for masks
                  betas=(0.9, 0.999), eps=1e-8, weight_decay=0.):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
-        params = [list(group) if isinstance(group, (list, tuple, L)) else [group] for group in params]
-        host = all(p.device.type == 'cpu' for group in params for p in group)             # there, one fused operation is fastest
-        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=host, foreach=not host)
+        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
     def set_hyper(self, k, v):
         if k == 'lr' and np.isscalar(v) and len(self.param_lists) == 2: v = [v*self.mask_lr, v]
@@ -214,7 +213,7 @@ class DevicePrecision(Callback):
         self.learn.scaler = torch.amp.GradScaler(device, **mixed.kwargs | dict(enabled=dtype == torch.float16))
 
     def before_batch(self):
-        if self.reorder: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in self.xb)
+        if self.reorder: self.learn.xb = tuple(to_channels_last(x) if x.ndim == 4 else x for x in self.xb)
 
 # %% ../nbs/42_learner.ipynb #ae2f160d
 def flex_learner(dls,                 # fastai `DataLoaders`

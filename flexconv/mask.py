@@ -26,7 +26,7 @@ def clamp_straight_through(value,       # tensor
     "`value` clamped to [low, high], with the gradient of `value` itself (straight through); NaN stays NaN."
     fixed = value.detach()
     clamped = fixed.clamp(low, high)
-    return torch.where(clamped == fixed, value, clamped + (value - fixed))
+    return torch.where(clamped == fixed, value, clamped + (value - fixed).nan_to_num())       # inf - inf is no number
 
 # %% ../nbs/03_mask.ipynb #70094149
 def constants(values,     # numbers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fourier_matrix', 'half_weights', 'power_of_two', 'missing_gain', 'Transform', 'axes_transform', 'FourierTransform',
            'FourierTranspose', 'ComplexProduct', 'factored_transform', 'choose_factors', 'is_channels_last',
-           'PixelsFirst', 'ChannelsFirst', 'fast_length', 'fft_spectrum', 'inverse_fft_spectrum']
+           'to_channels_last', 'PixelsFirst', 'ChannelsFirst', 'fast_length', 'fft_spectrum', 'inverse_fft_spectrum']
 
 # %% ../nbs/10_transforms.ipynb #364f0f8c
 import math
@@ -205,10 +205,17 @@ def choose_factors(length,     # the circle must be at least this long
     l2 = min(range(4, 4*math.isqrt(length) + 8), key=cost)
     return math.ceil(length/l2), l2
 
-# %% ../nbs/10_transforms.ipynb #f96dd49a
+# %% ../nbs/10_transforms.ipynb #ac295d34
 def is_channels_last(x):
-    "True if the channels `(B, C, *S)` lie last in memory."
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    "True if the channels `(B, C, *S)` lie last in memory; a single channel does if its stride says so."
+    single = x.shape[1] == 1 and x.stride(1) == 1 and x.shape[2:].numel() > 1
+    return single or not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+def to_channels_last(x):
+    "`x` with its channels last in memory; also a single channel, which torch leaves as it is."
+    x = x.contiguous(memory_format=torch.channels_last)
+    B, C, H, W = x.shape
+    return x.as_strided(x.shape, (C*H*W, 1, C*W, C)) if C == 1 else x
 
 class PixelsFirst(torch.autograd.Function):
     "`(B, C, *S)` in any order of memory to a contiguous `(*S, B, C)`."

@@ -211,3 +211,26 @@ def test_outputs_are_dense_and_keep_the_memory_format(method, p, last):
     assert y.untyped_storage().nbytes() == y.numel()*y.element_size()
     assert y.view(len(y), -1).shape[0] == len(y) if not is_channels_last(y) else y.movedim(1, -1).is_contiguous()
     if method == 'matmul': assert is_channels_last(y) == is_channels_last(x) or 1 in y.shape[1:] or 1 in x.shape[1:]
+
+
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul'])
+@pytest.mark.parametrize('shape,size,dilation', [((2, 4, 23, 17), (5, 3), (1, 2)), ((1, 4, 99), (9,), (3,)), ((1, 2, 9, 8, 7), (3, 1, 5), (1, 1, 1))])
+def test_tiles_change_nothing(method, shape, size, dilation):
+    "Values and gradients of a convolution tile by tile, in float64, are those of the direct one."
+    from flexconv.conv import in_tiles, padding_pairs
+    gen, ndim = torch.Generator().manual_seed(0), len(size)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).requires_grad_()
+    x, mix, basis, b = new(*shape), new(6, shape[1]//2, 3), new(3, *size), new(6)
+    pairs = padding_pairs('same', size, dilation)
+    ours = in_tiles(method, 4, x, LowRankKernel(mix, basis), b, (1,)*ndim, pairs, 2, dilation)
+    want = CONVS[ndim](x, LowRankKernel(mix, basis).dense(), b, padding='same', dilation=dilation, groups=2)
+    assert_close(ours, want, torch.float64)
+    r = torch.randn(want.shape, generator=gen, dtype=torch.float64)
+    for a, c in zip(torch.autograd.grad(ours, (x, mix, basis, b), r), torch.autograd.grad(want, (x, mix, basis, b), r)): assert_close(a, c, torch.float64)
+
+
+def test_auto_cuts_large_images_into_tiles_and_computes_the_same():
+    from flexconv.conv import conv_method
+    x, w = torch.randn(1, 8, 200, 190), torch.randn(8, 8, 33, 33)/30
+    assert 'in tiles of' in conv_method(x, w)
+    assert_close(conv_nd(x, w), F.conv2d(x, w, padding=16), torch.float32)

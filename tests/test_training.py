@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
 from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, kernel_norm, model_for, read_csv, split_masks
 from fastai.data.external import fastai_path
+from fastai.torch_core import set_seed
 from safetensors.torch import load_file
 from flexconv import cli, list_models
 
@@ -259,3 +260,36 @@ def test_a_progress_bar_may_begin_late():
     assert len(sizes.history) == 3
     learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None)
     assert len(sizes.history) == 3
+
+
+@pytest.mark.parametrize('name,dtype', [('to_bf16', torch.bfloat16), ('to_fp16', torch.float16)])
+def test_half_precision_on_a_cpu(name, dtype):
+    "fastai's to_bf16 and to_fp16 reach the layers on a CPU, images channels last, and train as well as float32; to_fp32 takes it back."
+    from flexconv.transforms import is_channels_last
+    set_seed(0)
+    learn = flex_learner(get_dls('digits', device='cpu'), model_for(get_dls('digits', device='cpu'), 'flexnet3', width=8))
+    seen = []
+    learn.model.blocks[0].conv2.register_forward_hook(lambda m, x, y: seen.append((y.dtype, is_channels_last(x[0]), is_channels_last(y))))
+    getattr(learn, name)()
+    with learn.no_bar(), learn.no_logging(): learn.fit_cosine(6)
+    assert set(seen) == {(dtype, True, True)}
+    assert learn.final_record[2] > 0.9
+    learn.to_fp32()
+    seen.clear()
+    learn.validate()
+    assert {d for d, *_ in seen} == {torch.float32}
+
+
+def test_memory_format_survives_a_whole_network():
+    "With channels last at the input, every normalisation of a FlexNet in bfloat16 sees and returns activations and gradients that are channels last."
+    from flexconv.flexnet import create_model
+    from flexconv.transforms import is_channels_last
+    net, formats = create_model('flexnet5', conv_method='matmul'), []
+    def look(m, x, y):
+        formats.extend((is_channels_last(x[0]), is_channels_last(y)))
+        y.register_hook(lambda g: formats.append(is_channels_last(g)))
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.register_forward_hook(look)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.autocast('cpu', torch.bfloat16): net(x).float().sum().backward()
+    assert len(formats) == 3*11 and all(formats)
