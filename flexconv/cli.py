@@ -34,7 +34,7 @@ from .aliasing import aliasing_loss
 from .flexnet import conv_layers, kernel_sizes, list_models
 from .learner import (AliasingLoss, KernelNorm, NonFiniteLoss, RunRecorder, flex_learner, kernel_norm, load_checkpoint, load_weights, model_for, previous, read_csv, save_weights, size_text, write_atomically, write_csv)
 from .distributed import all_processes, from_first, use_this_device
-from .resolution import dls_at, image_size, move_to, resolution_table, set_resolution
+from .resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table, set_resolution
 from .export import export_onnx, export_program
 from .plot import show_kernel_sizes, show_kernels
 
@@ -111,7 +111,7 @@ take_both_spellings()
 base_config = dict(data='digits', model=None, epochs=350, bs=64, lr=0.01, warmup_epochs=None, seed=0, path=None, size=None, valid_pct=None, max_items=None,
                    width=None, dropout=None, kernel_size=None, sigma=None, kernel=None, conv_method=None, aliasing=0., kernel_norm=0.,
                    input_scale=None, scale=1., target=None, target_epochs=None, test_sizes=None,
-                   precision='fp32', label_smoothing=0., mask_lr=0.1)
+                   precision='fp32', label_smoothing=0., mask_lr=0.1, progressive=None)
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
 # %% ../nbs/61_cli.ipynb #c3a8a199
@@ -159,6 +159,12 @@ def complete(experiment,    # name of an experiment, or None
     if options.get('model') not in (None, chosen.get('model')): chosen = {k: v for k, v in chosen.items() if k not in ('sigma', 'kernel_norm')}      # chosen for another network
     return check_config(base_config | chosen | options)
 
+def parse_stages(text):
+    "Stages of `ProgressiveResize` from text like '16x14,24x6': [(16, 14), (24, 6)]."
+    try: return [tuple(per_axis(int(n), 1, 'progressive')[0] for n in stage.split('x', 1)) for stage in text.split(',')]
+    except ValueError: pass
+    raise ValueError(f'progressive must be stages SIZExEPOCHS with commas between them; got {text!r}')
+
 def check_config(cfg):
     "A configuration whose values make sense; a ValueError where one does not."
     given = {k: v for k, v in cfg.items() if v is not None}
@@ -166,9 +172,10 @@ def check_config(cfg):
         if name in given: per_axis(given[name], 1, name)
     for name in ('dropout', 'sigma', 'valid_pct', 'input_scale', 'scale'):
         if name in given: check_number(given[name], name)
-    for name in ('data', 'model', 'path', 'kernel', 'conv_method'):
+    for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive'):
         if name in given and not isinstance(given[name], str): raise ValueError(f'{name} must be text; got {given[name]!r}')
     if 'test_sizes' in given and not isinstance(given['test_sizes'], list): raise ValueError(f'test_sizes must be a list of ints; got {given["test_sizes"]!r}')
+    if 'progressive' in given: parse_stages(given['progressive'])
     for size in given.get('test_sizes', []): per_axis(size, 1, 'test_sizes', minimum=2)
     per_axis(cfg['seed'], 1, 'seed', minimum=0)
     if cfg['seed'] >= 2**32: raise ValueError(f'seed must be below 2**32; got {cfg["seed"]}')
@@ -242,10 +249,11 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
     dls = get_dls(cfg['data'], cfg['path'], cfg['bs'], cfg['size'], valid_pct=cfg['valid_pct'], max_items=cfg['max_items'], seed=cfg['seed'], device=device)
     options = {k: cfg[k] for k in ('width', 'dropout', 'kernel_size', 'sigma', 'kernel', 'conv_method') if cfg[k] is not None}
     if cfg['input_scale'] is not None: options['kernel_options'] = dict(input_scale=cfg['input_scale'])
-    cbs = [AliasingLoss(cfg['aliasing'])]*bool(cfg['aliasing']) + [KernelNorm(cfg['kernel_norm'])]*bool(cfg['kernel_norm'])
+    penalties = [AliasingLoss(cfg['aliasing'])]*bool(cfg['aliasing']) + [KernelNorm(cfg['kernel_norm'])]*bool(cfg['kernel_norm'])
+    cbs = penalties + ([ProgressiveResize(parse_stages(cfg['progressive']))] if cfg['progressive'] else [])
     try: model = model_for(dls, cfg['model'], **options)
     except TypeError as e: raise ValueError(f'model {cfg["model"]} does not take all of {", ".join(options)}: {e}') from None
-    for penalty in cbs: (aliasing_loss(model, 1) if isinstance(penalty, AliasingLoss) else kernel_norm(model))       # a ValueError now, not in the first epoch
+    for penalty in penalties: (aliasing_loss(model, 1) if isinstance(penalty, AliasingLoss) else kernel_norm(model))       # a ValueError now, not in the first epoch
     if cfg['scale'] != 1 and conv_layers(model): set_resolution(model, cfg['scale'])
     loss_func = CrossEntropyLossFlat(label_smoothing=cfg['label_smoothing']) if cfg['label_smoothing'] else None
     learn = flex_learner(dls, model, loss_func, lr=cfg['lr'], mask_lr=cfg['mask_lr'], cbs=cbs)
@@ -375,6 +383,7 @@ def flexconv_train(
     aliasing:float=None,          # Factor of the aliasing regulariser (default: 0)
     target:int=None,              # Then fine-tune at this image size, in the folder at-TARGET of the run
     target_epochs:int=None,       # Epochs there (default: as many as before)
+    progressive:str=None,         # Smaller images first, as SIZExEPOCHS, e.g. 16x14,24x6; the epochs that follow are at full size
     kernel_norm:float=None,       # Factor of the kernel-norm penalty (default: 1e-4 for sequences, else 0)
 ):
     "Train a network with continuous kernels. Writes config, metrics, weights, pictures and a checkpoint to a run folder."
