@@ -8,7 +8,9 @@ from .kernels import KernelNetwork, create_kernel_network, position_grid, regist
 from .magnet import MAGNet
 from .mask import GaussianMask
 from .conv import conv_nd
-from .layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
+from .layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, conv_layers, kernel_sizes
 from .aliasing import aliasing_loss, highest_frequency, nyquist_frequency
-from .flexnet import FlexNet, create_model, kernel_sizes, list_models
+from .registry import create_model, list_models, register_model
+from .flexnet import FlexNet, FlexTCN
 from . import baselines      # registers its models
+from .summary import layer_table

@@ -8,7 +8,8 @@ __all__ = ['nyquist_frequency', 'filter_frequency', 'mask_frequency', 'highest_f
 # %% ../nbs/22_aliasing.ipynb #cce37220
 import math
 import torch
-from .kernels import MultiplicativeFilterNetwork, check_choice, check_number, per_axis
+from .kernels import MultiplicativeFilterNetwork
+from .core import check_choice, check_number, per_axis
 from .crop import spacing
 from .layers import CKConv
 
@@ -71,7 +72,7 @@ def aliasing_loss(model,                  # a layer, or a network that contains 
     factor = check_number(factor, 'factor', 0, closed=True)
     nyquist = nyquist_frequency(per_axis(resolution, 1, 'resolution')[0] + 1)
     layers = [m for m in model.modules() if isinstance(m, CKConv)]
-    if not layers: raise ValueError(f'model must contain a CKConv or FlexConv layer; {type(model).__name__} has none')
+    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
     loss = 0.
     for layer in layers:
         freqs = highest_frequency(layer, bound, stddevs, include_mask)

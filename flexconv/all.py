@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/90_all.ipynb #920905bf
+from .core import *
 from .kernels import *
 from .magnet import *
 from .mask import *
@@ -21,17 +22,29 @@ from .transforms import *
 from .correlate import *
 from .costs import *
 from .conv import *
+from .cache import *
 from .layers import *
 from .aliasing import *
+from .resolution import *
+from .testing import *
+from .official import *
+from .files import *
+from .registry import *
 from .flexnet import *
 from .baselines import *
-from .data import *
-from .learner import *
-from .distributed import *
-from .resolution import *
 from .export import *
+from .data import *
+from .optimizer import *
+from .callbacks import *
+from .learner import *
+from .checkpoints import *
+from .runs import *
+from .distributed import *
+from .at_resolution import *
 from .plot import *
+from .summary import *
 from .jupyter import *
+from .experiments import *
 from .cli import flexconv_eval, flexconv_export, flexconv_train
 
 # %% ../nbs/90_all.ipynb #1493fba8

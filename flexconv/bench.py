@@ -18,15 +18,17 @@ from fastprogress import progress_bar
 from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/62_bench.ipynb #0f793cb6
-from .kernels import check_choice, keep_freed_memory
+from .core import check_choice, keep_freed_memory
 from .costs import calibrated_rates, count_work, estimate_seconds, machine_key, rates, rates_file, rates_of, run_seconds
 from .correlate import LowRankKernel
 from .conv import conv_nd, padding_pairs
 from .layers import FlexConv1d, FlexConv2d, sample
-from .flexnet import conv_layers, create_model, plain_conv2d
+from .layers import conv_layers
+from .registry import create_model
+from .flexnet import plain_conv2d
 from .export import bake
 from .cli import user_errors
-from .learner import write_atomically, write_csv
+from .files import write_atomically, write_csv
 from .cli import take_both_spellings
 
 # %% ../nbs/62_bench.ipynb #d0b5fbee

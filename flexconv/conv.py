@@ -10,7 +10,8 @@ __all__ = ['padding_pairs', 'check_padding_fits', 'in_tiles', 'convolve', 'conv_
 import math
 import torch
 import torch.nn.functional as F
-from .kernels import at_least_float32, check_choice, in_functorch, per_axis
+from .core import at_least_float32, check_choice, per_axis
+from .kernels import in_functorch
 from .transforms import is_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts

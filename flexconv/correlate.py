@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .kernels import at_least_float32
+from .core import at_least_float32
 from .transforms import (
     ChannelsFirst, ComplexProduct, FourierTransform, FourierTranspose, PixelsFirst, axes_transform, choose_factors, chunks,
     factored_transform, fast_length, fft_spectrum, fourier_matrix, inverse_fft_spectrum, is_channels_last, missing_gain, power_of_two)

@@ -10,7 +10,7 @@ import json, math, os, platform, statistics, time
 from functools import lru_cache
 from pathlib import Path
 import torch
-from .kernels import accelerator
+from .core import accelerator
 from .correlate import circle, mixing_work, transform_work
 
 # %% ../nbs/12_costs.ipynb #006b6920

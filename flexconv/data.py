@@ -37,7 +37,7 @@ with warnings.catch_warnings():
     from fastai.vision.augment import RandTransform, Resize
 
 # %% ../nbs/40_data.ipynb #bf60c38d
-from .kernels import per_axis, check_choice, check_number
+from .core import per_axis, check_choice, check_number
 
 # %% ../nbs/40_data.ipynb #7f169ba7
 def label_numbers(labels, vocab):

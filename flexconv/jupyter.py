@@ -18,9 +18,9 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
 
 # %% ../nbs/52_jupyter.ipynb #588a42db
-from .kernels import check_number
+from .core import check_number
 from .layers import FlexConv
-from .flexnet import conv_layers, kernel_sizes
+from .layers import conv_layers, kernel_sizes
 from .plot import show_kernel, show_kernel_sizes, show_kernels, show_spectra
 
 # %% ../nbs/52_jupyter.ipynb #ea98ef59

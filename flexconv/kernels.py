@@ -10,7 +10,6 @@ __all__ = ['kernel_networks', 'position_axis', 'position_grid', 'PointwiseLinear
 # %% ../nbs/01_kernels.ipynb #fbdbe96f
 import math
 from functools import partial
-from types import SimpleNamespace
 
 # %% ../nbs/01_kernels.ipynb #3238ee90
 import torch
@@ -220,7 +219,7 @@ def stacked(net):
     "Weight and bias of the filters of a network, one below the other."
     weight = torch.cat([f.linear.weight for f in net.filters])
     bias = torch.cat([f.linear.bias for f in net.filters])
-    return SimpleNamespace(weight=weight, bias=bias)
+    return weight, bias
 
 # %% ../nbs/01_kernels.ipynb #17de5dbc
 @register_kernel_network('fourier')
@@ -241,7 +240,8 @@ class FourierNet(MultiplicativeFilterNetwork):
 
     def filter_values(self, points):
         if not filters_are(self, FourierFilter): return super().filter_values(points)
-        waves = PointwiseLinear.forward(stacked(self), points)             # (filters * hidden, N)
+        weight, bias = stacked(self)
+        waves = torch.addmm(bias[:, None], weight, points)                 # (filters * hidden, N)
         return torch.sin(waves).unflatten(0, (-1, self.hidden))
 
 # %% ../nbs/01_kernels.ipynb #03a133fe
@@ -343,8 +343,7 @@ class GaborNet(FourierNet):
         if not filters_are(self, GaborFilter): return super().filter_values(points)
         gamma = torch.cat([f.gamma for f in self.filters])                 # (filters * hidden, 1 or ndim)
         mu = torch.cat([f.mu for f in self.filters])                       # (filters * hidden, ndim)
-        waves = stacked(self)
-        values = gabor_filters(points, gamma, mu, waves.weight, waves.bias)
+        values = gabor_filters(points, gamma, mu, *stacked(self))
         return values.unflatten(0, (-1, self.hidden))
 
 # %% ../nbs/01_kernels.ipynb #02a9d622

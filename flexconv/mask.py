@@ -7,22 +7,23 @@ __all__ = ['cutoff_in_sigmas', 'clamp_straight_through', 'gaussian', 'GaussianMa
 
 # %% ../nbs/03_mask.ipynb #67ea4b35
 import math
+from functools import partial
 
 # %% ../nbs/03_mask.ipynb #027929a3
 import torch
 from torch import nn
-from .kernels import at_least_float32, check_number, in_functorch, per_axis, tracing
+from .core import at_least_float32, check_dtype, check_int, check_number, check_numbers, forward_ad
+from .core import in_functorch, tracing
 
 # %% ../nbs/03_mask.ipynb #527cd3c3
-def cutoff_in_sigmas(threshold,    # value in (0, 1) under which the mask counts as faded
-              ):
+def cutoff_in_sigmas(threshold):    # value in (0, 1) under which the mask counts as faded
     "Distance from the mean, in units of sigma, at which a Gaussian falls to `threshold`."
     return math.sqrt(-2*math.log(threshold))
 
 # %% ../nbs/03_mask.ipynb #36892c0e
-def clamp_straight_through(value,       # tensor
-         low=None, high=None,   # tensors, broadcast against `value`
-        ):
+def clamp_straight_through(value,                 # tensor
+                           low=None, high=None,   # tensors, broadcast against `value`
+                          ):
     "`value` clamped to [low, high], with the gradient of `value` itself (straight through); NaN stays NaN."
     fixed = value.detach()
     clamped = fixed.clamp(low, high)
@@ -41,8 +42,9 @@ def effective_values(mean, sigma,     # `(D,)` each
                      least,           # smallest |sigma| that counts, `(D,)`
                      cutoff,          # distance in sigmas at which the mask falls to its threshold
                     ):
-    "Mean and |sigma| as they count, `(D,)` each: |sigma| at least `least`, the mean within `cutoff` sigmas of the frame; NaN stays NaN."
-    sigma = clamp_straight_through(torch.where(sigma < 0, -sigma, sigma), least)       # |sigma|, but with gradient 1 at 0
+    "Mean and |sigma| as they count, `(D,)`: |sigma| >= `least`, the mean within `cutoff` sigmas of the frame."
+    sigma = torch.where(sigma < 0, -sigma, sigma)                # |sigma|, but with gradient 1 at 0
+    sigma = clamp_straight_through(sigma, least)
     edge = 1 + cutoff*sigma.detach()
     return clamp_straight_through(mean, -edge, edge), sigma
 
@@ -79,13 +81,13 @@ class MaskValues(torch.autograd.Function):
 
 def mask_values(positions, mean, sigma, least, cutoff):
     "The values of a mask, `(*spatial)`, at `positions` `(D, *spatial)`."
-    if in_functorch() or tracing() or torch.autograd.forward_ad._current_level >= 0:
+    if in_functorch() or tracing() or forward_ad():
         return gaussian(positions, *effective_values(mean, sigma, least, cutoff))
     return MaskValues.apply(positions.flatten(1), mean, sigma, least, cutoff).view(positions.shape[1:])
 
 # %% ../nbs/03_mask.ipynb #b1b9122b
 class GaussianMask(nn.Module):
-    "A Gaussian over positions with learned `mean` `(D,)` and `sigma` `(D,)`, in units of the frame [-1, 1]; only |sigma| counts."
+    "A Gaussian over positions with learned `mean` and `sigma`, `(D,)` each, in units of the frame [-1, 1]."
     def __init__(self,
                  ndim,              # number of axes D
                  sigma=0.075,       # initial width: a number, or one per axis
@@ -93,27 +95,24 @@ class GaussianMask(nn.Module):
                  threshold=0.1,     # value in (0, 1) under which the mask counts as faded
                  *, device=None, dtype=None):
         super().__init__()
-        self.ndim, = per_axis(ndim, 1, 'ndim')
+        self.ndim = check_int(ndim, 'ndim')
+        check_dtype(dtype)
         self.threshold = check_number(threshold, 'threshold', 0, 1)
-        self.sigma = nn.Parameter(self.initial(sigma, 'sigma', device, dtype))
-        self.mean = nn.Parameter(self.initial(mean, 'mean', device, dtype))
-
-    def initial(self, value, name, device, dtype):
-        "`value`, a number or one per axis, as a tensor `(D,)`."
-        if hasattr(value, 'tolist'): value = value.tolist()            # tensors and arrays
-        values = list(value) if isinstance(value, (tuple, list)) else [value]*self.ndim
-        if len(values) != self.ndim: raise ValueError(f'{name} must be a number or {self.ndim} of them, one per axis; got {value!r}')
-        return torch.tensor([check_number(v, name) for v in values], device=device, dtype=dtype)
+        new = partial(torch.tensor, device=device, dtype=dtype)
+        self.sigma = nn.Parameter(new(check_numbers(sigma, self.ndim, 'sigma')))
+        self.mean = nn.Parameter(new(check_numbers(mean, self.ndim, 'mean')))
 
     def settings(self, spacing):
         "What `mask_values` takes after the positions, in float32 at least."
         mean, sigma = (p.to(at_least_float32(p.dtype)) for p in (self.mean, self.sigma))
-        cutoff, spacings = cutoff_in_sigmas(self.threshold), spacing if isinstance(spacing, (tuple, list)) else [spacing]*self.ndim
-        return mean, sigma, constants([max(s/(2*cutoff), 1e-6) for s in spacings], sigma.detach()), cutoff
+        cutoff = cutoff_in_sigmas(self.threshold)
+        spacings = spacing if isinstance(spacing, (tuple, list)) else [spacing]*self.ndim
+        least = constants([max(s/(2*cutoff), 1e-6) for s in spacings], sigma.detach())
+        return mean, sigma, least, cutoff
 
     def effective(self,
                   spacing=0.):     # distance between neighbouring positions: a number, or one per axis
-        "Mean and |sigma| as they count, two tensors `(D,)`, in float32 at least: such that at least one position reaches the threshold."
+        "Mean and |sigma|, `(D,)` each, such that at least one position reaches the threshold."
         return effective_values(*self.settings(spacing))
 
     def forward(self,

@@ -10,11 +10,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
-from .kernels import per_axis, position_grid
+from .core import per_axis
+from .kernels import position_grid
 from .crop import crop
 from .layers import CKConv, sample
 from .aliasing import nyquist_frequency
-from .flexnet import conv_layers
+from .layers import conv_layers
 
 # %% ../nbs/50_plot.ipynb #fa7f0626
 def _drawable(model, dimensions=2):

@@ -14,9 +14,13 @@ from flexconv.data import ImageTensors, get_dls
 from flexconv.distributed import ShardedDL
 from flexconv.export import Stream, convert, export_onnx, export_program
 from flexconv.flexnet import FlexTCN
-from flexconv.learner import AliasingLoss, KernelNorm, flex_learner, kernel_norm, load_checkpoint, load_weights
+from flexconv.callbacks import AliasingLoss, KernelNorm, kernel_norm
+from flexconv.learner import flex_learner
+from flexconv.checkpoints import load_checkpoint
+from flexconv.files import load_weights
 from flexconv.plot import show_kernel_sizes, show_kernels, show_spectra
-from flexconv.resolution import dls_at, set_resolution
+from flexconv.at_resolution import dls_at
+from flexconv.resolution import set_resolution
 from flexconv.results import read_runs
 
 x1, x2 = torch.randn(2, 3, 20), torch.randn(2, 3, 12, 12)
@@ -240,7 +244,7 @@ def test_NaN_pixels_stop_training():
     "Images are bytes and cannot hold NaN; a data loader of one's own can, and is named."
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    from flexconv.learner import NonFiniteLoss
+    from flexconv.callbacks import NonFiniteLoss
     items = [(torch.full((1, 8, 8), float('nan')) if i == 9 else torch.randn(1, 8, 8), torch.tensor(i % 2)) for i in range(16)]
     own = DataLoaders(DataLoader(items, bs=8), DataLoader(items, bs=8))
     learn = flex_learner(own, create_model('flexnet3', 1, 2, width=4, kernel_size=9, sigma=0.3), loss_func=nn.CrossEntropyLoss())

@@ -3,9 +3,10 @@ import pytest, torch
 from torch import nn
 from flexconv.aliasing import aliasing_loss, highest_frequency, mask_frequency, nyquist_frequency
 from flexconv.crop import crop_axis
-from flexconv.flexnet import create_model
+from flexconv.registry import create_model
 from flexconv.kernels import GaborNet, SIREN
-from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d, from_official
+from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d
+from flexconv.official import from_official
 from flexconv.magnet import MAGNet
 from flexconv.mask import GaussianMask, cutoff_in_sigmas
 

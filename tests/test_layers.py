@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from flexconv.crop import crop_bounds, crop_size
 from flexconv.kernels import kernel_networks
-from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, test_conv_layer as check_layer
+from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
+from flexconv.testing import test_conv_layer as check_layer
 from flexconv.mask import GaussianMask
 from flexconv.plot import kernel_frame
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,10 +170,10 @@ def test_kernel_option_of_another_network():
 
 
 def test_a_start_at_one_pixel_is_said():
-    with pytest.warns(UserWarning, match='single pixel'): FlexConv2d(2, 4, 5)
+    with pytest.warns(UserWarning, match='single pixel'): FlexConv2d(2, 4, 5, sigma=0.075)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        FlexConv2d(2, 4, 33); FlexConv2d(2, 4, 1)
+        for n in (1, 3, 5, 9, 33): assert FlexConv2d(2, 4, n).size == (min(n, 5),)*2
 
 
 @pytest.mark.parametrize('mode', ['reflect', 'circular'])

@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = 'kernels magnet mask crop transforms correlate costs conv layers aliasing flexnet baselines data learner distributed resolution export plot jupyter cli bench results site'.split()
+MODULES = '''core kernels magnet mask crop transforms correlate costs conv cache layers aliasing resolution testing official
+             files registry flexnet baselines export data optimizer callbacks learner checkpoints runs distributed at_resolution
+             plot summary jupyter experiments cli bench results site'''.split()
 
 
 def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()

@@ -4,7 +4,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import pytest, safetensors.torch, torch
 from flexconv import FlexConv1d, FlexConv2d
-from flexconv.learner import load_weights, read_csv, save_weights, write_atomically
+from flexconv.files import load_weights, read_csv, save_weights, write_atomically
 
 BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
 SMALL = ['--epochs', '2', '--width', '4', '--max_items', '128', '--bs', '32']
@@ -150,7 +150,9 @@ def test_checkpoints_of_other_optimisers(opt, tmp_path):
     import numpy as np
     from fastai.optimizer import Adam, OptimWrapper
     from flexconv.data import get_dls
-    from flexconv.learner import RunRecorder, flex_learner, load_checkpoint, model_for
+    from flexconv.runs import RunRecorder
+    from flexconv.learner import flex_learner, model_for
+    from flexconv.checkpoints import load_checkpoint
     dls = get_dls('digits', max_items=64, bs=32)
     opts = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD), fastai=Adam, masks=None)
     new = lambda name=opt, width=4: flex_learner(dls, model_for(dls, 'flexnet3', width=width), opt_func=opts[name])

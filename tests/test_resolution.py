@@ -7,10 +7,14 @@ from torch import nn
 from flexconv.aliasing import aliasing_loss, highest_frequency
 from flexconv.data import get_dls
 from flexconv.export import bake
-from flexconv.flexnet import conv_layers, create_model, kernel_sizes
+from flexconv.layers import conv_layers, kernel_sizes
+from flexconv.registry import create_model
 from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, refresh_sizes, scaled_size
-from flexconv.learner import AliasingLoss, flex_learner, model_for, read_csv
-from flexconv.resolution import dls_at, image_size, resolution_table, set_resolution
+from flexconv.callbacks import AliasingLoss
+from flexconv.learner import flex_learner, model_for
+from flexconv.files import read_csv
+from flexconv.at_resolution import dls_at, image_size, resolution_table
+from flexconv.resolution import set_resolution
 
 SCALES = [0.5, 0.875, 1.125, 2, 3]
 LAYERS = [(FlexConv1d, 33, dict(sigma=0.2)), (FlexConv1d, 32, dict(sigma=0.2, causal=True)), (FlexConv2d, 33, dict(sigma=(0.1, 0.3))), (FlexConv2d, (33, 17), dict(sigma=0.2)),
@@ -134,7 +138,7 @@ def test_the_regulariser_reads_the_resolution_of_the_batch():
     for size in (8, 12):
         learn = flex_learner(dls_at(dls, size), model_for(dls, 'flexnet3', width=4), cbs=AliasingLoss(0.1))
         seen = []
-        import flexconv.learner as module
+        import flexconv.callbacks as module
         original = module.aliasing_loss
         module.aliasing_loss = lambda model, resolution, **kw: (seen.append(resolution), original(model, resolution, **kw))[1]
         try:

@@ -2,7 +2,8 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from flexconv.export import Stream, bake
-from flexconv.flexnet import create_model, kernel_sizes, list_models
+from flexconv.registry import create_model, list_models
+from flexconv.layers import kernel_sizes
 from flexconv.layers import FlexConv1d
 
 

@@ -3,7 +3,10 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
-from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, kernel_norm, model_for, read_csv, split_masks
+from flexconv.optimizer import MaskAdam, split_masks
+from flexconv.learner import cosine_schedule, flex_learner, model_for
+from flexconv.callbacks import kernel_norm
+from flexconv.files import read_csv
 from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
 from safetensors.torch import load_file
@@ -282,7 +285,7 @@ def test_half_precision_on_a_cpu(name, dtype):
 
 def test_memory_format_survives_a_whole_network():
     "With channels last at the input, every normalisation of a FlexNet in bfloat16 sees and returns activations and gradients that are channels last."
-    from flexconv.flexnet import create_model
+    from flexconv.registry import create_model
     from flexconv.transforms import is_channels_last
     net, formats = create_model('flexnet5', conv_method='matmul'), []
     def look(m, x, y):

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import load_file
 from flexconv import create_model, position_grid
-from flexconv.flexnet import conv_layers
+from flexconv.layers import conv_layers
 from flexconv.plot import show_kernel
 
 images = Path(__file__).parent.parent/'nbs/images'
