@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KernelCache', 'Window']
 
-# %% ../nbs/20_cache.ipynb #8098697e
+# %% ../nbs/20_cache.ipynb #0deee58f
 import math
 from types import BuiltinFunctionType, FunctionType
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from .core import forward_ad, in_functorch, tracing
 from .kernels import has_hooks
 
-# %% ../nbs/20_cache.ipynb #20cdf52c
+# %% ../nbs/20_cache.ipynb #69ca0764
 plain_types = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 of_no_interest = frozenset(vars(nn.Module())) | {'kernel_cache', 'window'}
 
@@ -29,7 +29,7 @@ def frozen(value):
     if isinstance(value, dict): return 'dict', *((k, frozen(v)) for k, v in value.items())
     raise NotComparable
 
-# %% ../nbs/20_cache.ipynb #af44960a
+# %% ../nbs/20_cache.ipynb #5b089153
 def module_state(owner):
     "What a module and those in it hold: a list of attributes and a list of tensors. Raises `NotComparable`."
     facts, tensors = [], []
@@ -51,13 +51,13 @@ def values_of(tensors):
     for t in tensors: groups.setdefault((t.device, t.dtype), []).append(t.detach().reshape(-1))
     return [torch.cat(group) for group in groups.values()]
 
-# %% ../nbs/20_cache.ipynb #5cab4fe4
+# %% ../nbs/20_cache.ipynb #1cddaf8d
 def may_reuse():
     "True where the output of a call is all that is wanted of it."
     watched = torch.is_grad_enabled() or tracing() or in_functorch() or forward_ad()
     return not watched and torch._C._len_torch_dispatch_stack() == 0
 
-# %% ../nbs/20_cache.ipynb #2121c209
+# %% ../nbs/20_cache.ipynb #515f63a3
 class KernelCache:
     "The value that was computed last and what it was computed from. Copies and pickles of it are empty."
     entry = None        # facts, values of tensors, result: replaced as one, so that threads never see half of it
@@ -83,10 +83,10 @@ class KernelCache:
     def __deepcopy__(self, memo): return KernelCache()
     def __reduce__(self): return KernelCache, ()
 
-# %% ../nbs/20_cache.ipynb #7359413b
+# %% ../nbs/20_cache.ipynb #b957c08a
 rim, longest_interval = 0.03, 16      # of half the frame; forward passes between two readings
 
-# %% ../nbs/20_cache.ipynb #5ae407ea
+# %% ../nbs/20_cache.ipynb #c095b548
 class Window:
     "The part of its grid that a layer samples while it does not read the size of its kernel."
     def __init__(self): self.clear()

@@ -6,29 +6,29 @@
 __all__ = ['KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm', 'KernelNorm', 'NonFiniteLoss', 'StopNonFinite',
            'WatchMasks', 'DevicePrecision']
 
-# %% ../nbs/42_callbacks.ipynb #fca533b5
+# %% ../nbs/42_callbacks.ipynb #38d797b1
 import inspect
 import warnings
 from functools import partial
 
-# %% ../nbs/42_callbacks.ipynb #30c7748c
+# %% ../nbs/42_callbacks.ipynb #a1b3d1b8
 import torch
 from fastcore.foundation import L
 
-# %% ../nbs/42_callbacks.ipynb #a625b7bc
+# %% ../nbs/42_callbacks.ipynb #c89e2a59
 import flexconv.data    # first: it keeps fastai's import quiet
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode
 from fastai.torch_core import get_model
 
-# %% ../nbs/42_callbacks.ipynb #bfac5e6f
+# %% ../nbs/42_callbacks.ipynb #5d24da80
 from .core import check_int, check_number, read_blocks
 from .mask import cutoff_in_sigmas
 from .transforms import to_channels_last
 from .layers import CKConv, conv_layers, kernel_sizes, refresh_sizes, require_conv_layers
 from .aliasing import aliasing_loss
 
-# %% ../nbs/42_callbacks.ipynb #bdeca29d
+# %% ../nbs/42_callbacks.ipynb #108ffa86
 class KernelSizes(Callback):
     "Records every layer's kernel size at the start and after each epoch, in `history`: `[{layer: (rows, columns)}, ...]`."
     order, run_valid = 55, False
@@ -47,7 +47,7 @@ class KernelSizes(Callback):
         if self.trained: self.history.append(kernel_sizes(self.model))
         self.trained = False
 
-# %% ../nbs/42_callbacks.ipynb #5c098d5c
+# %% ../nbs/42_callbacks.ipynb #20478a40
 class RefreshSizes(Callback):
     "Calls `refresh_sizes` before every `every`-th training batch, and before validation."
     order = 45
@@ -60,7 +60,7 @@ class RefreshSizes(Callback):
 
     def before_validate(self): refresh_sizes(self.model)
 
-# %% ../nbs/42_callbacks.ipynb #53ff47ec
+# %% ../nbs/42_callbacks.ipynb #24bc30a9
 class AliasingLoss(Callback):
     "Adds `aliasing_loss` at the resolution of the batch to what is differentiated. Recorded losses stay without it."
     run_valid = False
@@ -75,7 +75,7 @@ class AliasingLoss(Callback):
     def after_loss(self):
         self.learn.loss_grad = self.loss_grad + aliasing_loss(self.model, min(self.x.shape[2:]), **self.kwargs)
 
-# %% ../nbs/42_callbacks.ipynb #2a1b962c
+# %% ../nbs/42_callbacks.ipynb #b2e97b28
 def kernel_norm(model,          # a layer, or a network that contains some
                 factor=1e-4,    # weight of the penalty
                ):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paper_experiments', 'resolution_experiments']
 
-# %% ../nbs/60_experiments.ipynb #ea4cd07a
+# %% ../nbs/60_experiments.ipynb #0a7146ef
 import inspect
 import re
 from .core import check_choice, check_int, check_number
@@ -21,14 +21,14 @@ base_config = dict(
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
-# %% ../nbs/60_experiments.ipynb #78f6b743
+# %% ../nbs/60_experiments.ipynb #a9661505
 def parse_stages(text):
     "Stages of `ProgressiveResize` from text like '16x14,24x6': [(16, 14), (24, 6)]."
     found = [re.fullmatch(r'\s*([1-9]\d*)x([1-9]\d*)\s*', stage) for stage in text.split(',')]
     if all(found): return [(int(size), int(epochs)) for size, epochs in (stage.groups() for stage in found)]
     raise ValueError(f'progressive must be stages SIZExEPOCHS with commas between them; got {text!r}')
 
-# %% ../nbs/60_experiments.ipynb #b2274f4a
+# %% ../nbs/60_experiments.ipynb #4e15476d
 def check_config(cfg):
     "A configuration whose values make sense; a ValueError where one does not."
     given = {name: value for name, value in cfg.items() if value is not None}
@@ -54,7 +54,7 @@ def check_config(cfg):
     if 'warmup_epochs' in given: check_number(cfg['warmup_epochs'], 'warmup_epochs', 0, cfg['epochs'], closed=True)
     return cfg
 
-# %% ../nbs/60_experiments.ipynb #abd7e12d
+# %% ../nbs/60_experiments.ipynb #8b029ca0
 fast_images = dict(epochs=30, bs=128, warmup_epochs=5., dropout=0., label_smoothing=0.1, mask_lr=0.2, sigma=0.1,
                    precision='bf16')
 fast_sequences = dict(epochs=16, warmup_epochs=1.)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_csv', 'read_csv', 'save_weights', 'read_weights', 'load_weights']
 
-# %% ../nbs/30_files.ipynb #88d81c20
+# %% ../nbs/30_files.ipynb #0168d03d
 import csv
 import hashlib
 import io
@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# %% ../nbs/30_files.ipynb #35f3c74b
+# %% ../nbs/30_files.ipynb #b1f88b1a
 import safetensors
 import safetensors.torch
 import torch
@@ -43,7 +43,7 @@ def sync_folder(path):
     try: os.fsync(folder)
     finally: os.close(folder)
 
-# %% ../nbs/30_files.ipynb #4c7d1327
+# %% ../nbs/30_files.ipynb #d5cc0d6f
 def write_csv(path,     # where the file shall be
               rows):    # dicts of equal keys
     "Dicts as a csv file, atomically."
@@ -58,7 +58,7 @@ def read_csv(path):
     "The rows of a csv file as dicts of strings."
     with open(path, newline='') as f: return list(csv.DictReader(f))
 
-# %% ../nbs/30_files.ipynb #5c970d99
+# %% ../nbs/30_files.ipynb #4c2b1c4c
 wrappers = '_orig_mod', 'module'       # of torch.compile; of DataParallel and DistributedDataParallel
 
 def bare_model(model):
@@ -84,7 +84,7 @@ def checksum(weights):
         digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/30_files.ipynb #3cdaed90
+# %% ../nbs/30_files.ipynb #5e867154
 def state_dict_mismatch(model, weights):
     "What keeps weights from fitting a model, as text: names and shapes; '' where they fit."
     want = {name: tuple(v.shape) for name, v in model.state_dict().items()}
@@ -96,7 +96,7 @@ def state_dict_mismatch(model, weights):
     wrong += [f'{name} is unknown' for name in got if name not in want]
     return '' if not wrong else wrong[0] + f', and {len(wrong)-1} more like it'*(len(wrong) > 1)
 
-# %% ../nbs/30_files.ipynb #d1757991
+# %% ../nbs/30_files.ipynb #e1ad4e20
 def save_weights(model, path):
     "A model's weights as safetensors, with a checksum; without the prefixes of `torch.compile` and `nn.parallel`."
     weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}    # own memory
@@ -114,7 +114,7 @@ def read_weights(path):
         raise ValueError(f'{path} is damaged: it does not match its checksum')
     return weights, metadata
 
-# %% ../nbs/30_files.ipynb #79a45bf7
+# %% ../nbs/30_files.ipynb #730ad6f7
 def load_weights(model, path):
     "Weights of `save_weights` (or any safetensors) into a model; a ValueError that names the file where it does not fit."
     weights, _ = read_weights(path)
@@ -124,7 +124,7 @@ def load_weights(model, path):
         raise ValueError(f'{path} does not hold the weights of this model ({differ})')
     model.load_state_dict(weights)
 
-# %% ../nbs/30_files.ipynb #b0ed2bea
+# %% ../nbs/30_files.ipynb #f957e696
 def flip_bit(path, at):
     "Flip a bit of a file, in the byte at an index; for tests."
     data = bytearray(Path(path).read_bytes())

@@ -185,14 +185,14 @@ class CKConv(ContinuousKernel):
         groups = check_int(groups, 'groups')
         for n, name in (in_channels, 'in_channels'), (out_channels, 'out_channels'):
             if n % groups: raise ValueError(f'{name} must be divisible by groups; got {name}={n}, groups={groups}')
-        kernel_size = per_axis(kernel_size, self.ndim, 'kernel_size')
-        if not causal and any(n % 2 == 0 for n in kernel_size):
-            raise ValueError(f'kernel_size must be odd unless causal; got {kernel_size}')
+        grid = per_axis(kernel_size, self.ndim, 'kernel_size')
+        if not causal and any(n % 2 == 0 for n in grid):
+            raise ValueError(f'kernel_size must be odd unless causal; got {kernel_size!r}')
         if not isinstance(padding, str): padding = per_axis(padding, self.ndim, 'padding', minimum=0)
         dilation = per_axis(dilation, self.ndim, 'dilation')
-        padding_pairs(padding, kernel_size, dilation, causal)           # raises what conv_nd would raise
+        padding_pairs(padding, grid, dilation, causal)                  # raises what conv_nd would raise
         check_choice(init, ('paper', 'fan_in'), 'init')
-        super().__init__((out_channels, in_channels//groups), kernel_size, kernel, kernel_options, causal, device, dtype)
+        super().__init__((out_channels, in_channels//groups), grid, kernel, kernel_options, causal, device, dtype)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.stride = per_axis(stride, self.ndim, 'stride')
         self.padding, self.dilation = padding, dilation

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['mask_parameters', 'param_groups', 'split_masks', 'MaskAdam']
 
-# %% ../nbs/41_optimizer.ipynb #98401d0b
+# %% ../nbs/41_optimizer.ipynb #0b539981
 import numpy as np
 import torch
 
-# %% ../nbs/41_optimizer.ipynb #c0ce0ad1
+# %% ../nbs/41_optimizer.ipynb #7404924d
 import flexconv.data    # first: it keeps fastai's import quiet
 from fastai.optimizer import OptimWrapper
 from .core import check_number
 from .mask import GaussianMask
 
-# %% ../nbs/41_optimizer.ipynb #82d67512
+# %% ../nbs/41_optimizer.ipynb #7dccc9b5
 def mask_parameters(model):
     "The parameters of all masks of a model, a list."
     return [p for m in model.modules() if isinstance(m, GaussianMask) for p in m.parameters()]
@@ -36,14 +36,14 @@ def param_groups(model,
               dict(params=[p for p in others if p.ndim >= 2], lr=lr, weight_decay=weight_decay)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/41_optimizer.ipynb #cabf02dd
+# %% ../nbs/41_optimizer.ipynb #9a0aed2b
 def split_masks(model):
     "Parameter groups of a model: `[masks, everything else]`, or one group where there are no masks. Frozen parameters too."
     masks = mask_parameters(model)
     rest = [p for p in model.parameters() if not any(p is m for m in masks)]
     return [masks, rest] if masks and rest else [masks or rest]
 
-# %% ../nbs/41_optimizer.ipynb #c79ac81c
+# %% ../nbs/41_optimizer.ipynb #7f89f5a7
 class MaskAdam(OptimWrapper):
     "torch's Adam for a fastai `Learner`: the first of two parameter groups at `mask_lr` times the learning rate, undecayed."
     def __init__(self,

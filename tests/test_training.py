@@ -44,9 +44,9 @@ def test_kernel_norm_against_the_authors(golden):
     class Layer(torch.nn.Module):          # a stand-in with the stored kernel and bias
         def kernel(self): return g['kernel']
         bias = g['bias']
-    from flexconv import learner
+    from flexconv import callbacks
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(learner, 'conv_layers', lambda model: dict(a=model))
+        m.setattr(callbacks, 'require_conv_layers', lambda model: dict(a=model))
         assert kernel_norm(Layer(), 1e-5).item() == pytest.approx(g['value'].item(), rel=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_a_run_stopped_in_its_first_epoch_starts_again(tmp_path):
 def test_foreign_files_are_named(tmp_path):
     run('flexconv_train', '--epochs', 1, '--width', 4, '--max_items', 128, '--out', tmp_path/'a')
     (tmp_path/'a/model.safetensors').write_bytes(b'nonsense')
-    assert 'model.safetensors does not hold the weights' in run('flexconv_eval', tmp_path/'a', code=2).stderr
+    assert 'model.safetensors is not a readable safetensors file' in run('flexconv_eval', tmp_path/'a', code=2).stderr
     (tmp_path/'a/checkpoint.pt').write_bytes(b'nonsense')
     assert 'checkpoint.pt is not a readable checkpoint' in run('flexconv_train', '--resume', tmp_path/'a', code=2).stderr
     (tmp_path/'a/config.json').write_text('[]')
