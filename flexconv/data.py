@@ -123,8 +123,9 @@ class ImageTensors(ImageSet):
     source = image
 
     def take(self, images):
-        "These images, uint8 tensors or arrays `(C, H, W)` of one size, in place of ours."
-        old, images = self.x, [torch.as_tensor(i).as_subclass(torch.Tensor) for i in images]
+        "These images in place of ours: uint8 tensors or arrays `(C, H, W)` of one size; files and PIL images are resized."
+        old = self.x
+        images = [as_pixels(i, old.shape[1:]).as_subclass(torch.Tensor) for i in images]
         for i in images:
             if i.dtype != torch.uint8 or i.ndim != 3 or len(i) != old.shape[1]:
                 raise ValueError(f'images must be uint8, ({old.shape[1]}, H, W); got {i.dtype} {tuple(i.shape)}')
@@ -439,6 +440,16 @@ def open_image(source):    # path, bytes, `PIL.Image`, uint8 array `(H, W)` or `
     except Exception as e:
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         raise ValueError(f'{name} is not a readable image: {e}') from None
+
+# %% ../nbs/40_data.ipynb #dfac2caa
+def as_pixels(item,     # path, bytes or `PIL.Image`; or an array or tensor, which stays as it is
+              shape):   # (C, H, W) of the images that a network knows
+    "An image as a tensor `(C, H, W)`: files and PIL images in the channels and size of `shape`, resized with antialiasing."
+    if not isinstance(item, (str, Path, bytes, Image.Image)): return torch.as_tensor(item)
+    channels, height, width = shape
+    im = open_image(item).convert('L' if channels == 1 else 'RGB')
+    if im.size != (width, height): im = im.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(im)).view(height, width, channels).permute(2, 0, 1)
 
 # %% ../nbs/40_data.ipynb #007b376f
 def _probe(file):

@@ -16,7 +16,7 @@ base_config = dict(
     data='digits', path=None, size=None, valid_pct=None, max_items=None,                  # data
     model=None, width=None, dropout=None, kernel_size=None, sigma=None, kernel=None,      # network
     conv_method=None, input_scale=None, scale=1.,
-    epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0,                  # training
+    epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0, init=None,       # training
     precision='fp32', label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
@@ -36,7 +36,7 @@ def check_config(cfg):
         if name in given: check_int(given[name], name)
     for name in ('dropout', 'sigma', 'valid_pct', 'input_scale', 'scale'):
         if name in given: check_number(given[name], name)
-    for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive'):
+    for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive', 'init'):
         if name in given and not isinstance(given[name], str): raise ValueError(f'{name} must be text; got {given[name]!r}')
     if not isinstance(given.get('test_sizes', []), list):
         raise ValueError(f'test_sizes must be a list of ints; got {given["test_sizes"]!r}')

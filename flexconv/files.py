@@ -9,6 +9,7 @@ __all__ = ['write_csv', 'read_csv', 'save_weights', 'read_weights', 'load_weight
 import csv
 import hashlib
 import io
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -97,10 +98,15 @@ def state_dict_mismatch(model, weights):
     return '' if not wrong else wrong[0] + f', and {len(wrong)-1} more like it'*(len(wrong) > 1)
 
 # %% ../nbs/30_files.ipynb #e1ad4e20
-def save_weights(model, path):
-    "A model's weights as safetensors, with a checksum; without the prefixes of `torch.compile` and `nn.parallel`."
-    weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}    # own memory
-    write_atomically(path, safetensors.torch.save(weights, dict(sha256=checksum(weights))))
+def save_weights(model,          # its state_dict is saved, without the prefixes of `torch.compile` and `nn.parallel`
+                 path,           # where the file shall be
+                 about=None,     # what `create_model` shall know of them, see `Trained weights` there: a dict, as JSON has it
+                 half=False):    # True: matrices in half precision, for files that are half as large
+    "A model's weights as safetensors, with a checksum."
+    weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}
+    if half: weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
+    metadata = dict(sha256=checksum(weights)) | ({} if about is None else dict(flexconv=json.dumps(about)))
+    write_atomically(path, safetensors.torch.save(weights, metadata))
 
 def read_weights(path):
     "Tensors of a safetensors file by name, and its metadata. A ValueError where it is damaged."
