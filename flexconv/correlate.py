@@ -7,12 +7,13 @@ __all__ = ['LowRankKernel']
 
 # %% ../nbs/11_correlate.ipynb #5fbd6659
 import math
+import threading
 from contextlib import nullcontext
 from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .kernels import at_least_float32
+from .core import at_least_float32
 from .transforms import (
     ChannelsFirst, ComplexProduct, FourierTransform, FourierTranspose, PixelsFirst, axes_transform, choose_factors, chunks,
     factored_transform, fast_length, fft_spectrum, fourier_matrix, inverse_fft_spectrum, is_channels_last, missing_gain, power_of_two)
@@ -150,6 +151,24 @@ def channel_product(xs,        # real and imaginary part of the input's spectrum
     ys = ComplexProduct.apply(*xs, *ws, -1)                               # (F*groups, B, O)
     return [v.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2) for v in ys]
 
+# %% ../nbs/11_correlate.ipynb #98beaa13
+largest_remembered = 2**20      # numbers of a spectrum that is kept: 4 MB in float32
+replacing = threading.Lock()
+
+def remembered(kept,       # a dict, or None to keep nothing
+               key,        # what the value depends on
+               numbers,    # size of the value
+               make):      # computes the value, tensors
+    "The tensors of `make()`, or those that `kept` has for this key. A dict keeps the last value only, and none that is too large."
+    found = None if kept is None else kept.get(key)
+    if found is not None: return found
+    made = tuple(make())
+    if kept is not None and numbers <= largest_remembered:
+        with replacing:
+            kept.clear()
+            kept[key] = made
+    return made
+
 # %% ../nbs/11_correlate.ipynb #c8145145
 def no_autocast(x):
     "Autocast off, for tensors that are in the precision they shall be computed in."
@@ -176,23 +195,12 @@ def matmul_correlate(x,                          # `(B, C, *S)`
         t = PixelsFirst.apply(x)                                          # (*S, B, C)
         B, C = t.shape[-2:]
         xs = [v.unflatten(1, (B, C)) for v in plan.input_spectrum(t.flatten(x.ndim - 2))]
-        ws = remembered(kept, ('matmul', plan, x.dtype), lambda: spectrum_of_kernel(plan, kernel, x.dtype))
+        numbers = 2*xs[0].shape[0]*kernel.shape[0]*kernel.shape[1]
+        ws = remembered(kept, ('matmul', plan, x.dtype), numbers, lambda: spectrum_of_kernel(plan, kernel, x.dtype))
         ys = channel_product(xs, ws, groups, kernel.shape[0])             # (F, B, O)
         constant = None if bias is None else bias.to(x.dtype).repeat(B)
         y = plan.output(*(v.flatten(1) for v in ys), constant).unflatten(-1, (B, -1))
         return ChannelsFirst.apply(y, is_channels_last(x))
-
-largest_remembered = 2**24      # numbers (64 MB in float32) of a spectrum that is kept
-
-def remembered(kept, key, make):
-    "The tensors of `make()`, kept in the dict `kept` for the next call with this key if they are not too large. One is enough: a network meets one resolution at a time."
-    if kept is None: return make()
-    if key not in kept:
-        made = list(make())
-        if sum(v.numel()*(1 + v.is_complex()) for v in made) > largest_remembered: return made
-        kept.clear()
-        kept[key] = made
-    return kept[key]
 
 # %% ../nbs/11_correlate.ipynb #86a8fb4b
 def circle(size, kernel, pairs):
@@ -331,10 +339,11 @@ def fft_correlate(x, kernel, bias, stride, pairs, groups, dilation, kept=None):
 
 def _fft_output(x, factors, pairs, kept, dtype):
     "Correlation with gradients, or with the kernel's spectrum from `kept`, for a kernel that was rounded to `dtype`."
-    if kept is None: return Correlate.apply(x, pairs, *factors)
     kernel = spectrum_kinds[len(factors)](*factors)
     lengths, _ = circle(x.shape[3:], kernel.size, pairs)
+    numbers = 2*factors[0].shape[:3].numel()*math.prod(lengths[:-1])*(lengths[-1]//2 + 1)
+    if kept is None or numbers > largest_remembered: return Correlate.apply(x, pairs, *factors)
     whole = lambda: [kernel.at(kernel.transform(lengths), slice(None)).contiguous()]
-    spectrum, = remembered(kept, ('fft', lengths, kernel.size, dtype), whole)
+    spectrum, = remembered(kept, ('fft', lengths, kernel.size, dtype), numbers, whole)
     mixed = DenseSpectrum(x.new_empty(*factors[0].shape[:3], *kernel.size, device='meta'))      # its transform is known
     return _correlate(x, mixed, pairs, spectrum)[0]

@@ -1,5 +1,7 @@
 "The convolution engine against torch's, over random shapes, values and options."
 import math
+import threading
+import time
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from flexconv.conv import conv_nd
@@ -234,3 +236,48 @@ def test_auto_cuts_large_images_into_tiles_and_computes_the_same():
     x, w = torch.randn(1, 8, 200, 190), torch.randn(8, 8, 33, 33)/30
     assert 'in tiles of' in conv_method(x, w)
     assert_close(conv_nd(x, w), F.conv2d(x, w, padding=16), torch.float32)
+
+
+# -- threads
+
+class Shared(dict):
+    "A dict that lets other threads run after each of its steps."
+    def __contains__(self, key): found = super().__contains__(key); time.sleep(0); return found
+    def get(self, key): found = super().get(key); time.sleep(0); return found
+    def clear(self): super().clear(); time.sleep(0)
+    def __setitem__(self, key, value): super().__setitem__(key, value); time.sleep(0)
+
+
+def in_threads(work, arguments, seconds):
+    "Run `work(argument)` again and again, one thread for each argument; the exceptions that were raised."
+    end, errors = time.perf_counter() + seconds, []
+    def run(argument):
+        try:
+            while time.perf_counter() < end: work(argument)
+        except Exception as e: errors.append(e)
+    threads = [threading.Thread(target=run, args=(a,)) for a in arguments]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return errors
+
+
+def test_threads_that_share_what_is_kept_get_their_own():
+    from flexconv.correlate import remembered
+    kept = Shared()
+    def work(i):
+        value, = remembered(kept, i, 1, lambda: [torch.tensor(i)])
+        assert value.item() == i
+    assert in_threads(work, range(4), 1) == [] and len(kept) == 1
+
+
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul'])
+def test_threads_that_share_a_network_predict_exactly(method):
+    from flexconv.layers import FlexConv2d
+    torch.manual_seed(0)
+    layers = [FlexConv2d(channels, 4, 17, sigma=0.4, conv_method=method) for channels in (3, 4)]
+    net = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]).eval()
+    images = [torch.randn(1, 3, size, size) for size in (16, 20, 24, 32)]
+    with torch.no_grad(): want = [net(x) for x in images]
+    def work(i):
+        with torch.no_grad(): assert torch.equal(net(images[i]), want[i])
+    assert in_threads(work, range(4), 2) == []
