@@ -184,7 +184,6 @@ def spectrum_of_kernel(plan, kernel, dtype):
     if before < after: return plan.taps_spectrum((basis @ mix).to(dtype))
     return [part @ mix.to(dtype) for part in plan.taps_spectrum(basis.to(dtype).contiguous())]
 
-@torch.compiler.disable
 def matmul_correlate(x,                          # `(B, C, *S)`
                      kernel,                     # weight `(O, C/groups, *N)` in the dtype of x, or a `LowRankKernel`
                      bias, stride, pairs, groups, dilation,    # bias `(O,)` or None; stride, (before, after) padding and dilation per axis
@@ -322,7 +321,6 @@ def dilate(weight, dilation):
     out[(..., *(slice(None, None, d) for d in dilation))] = weight
     return out
 
-@torch.compiler.disable
 def fft_correlate(x, kernel, bias, stride, pairs, groups, dilation, kept=None):
     "As `matmul_correlate`, through the FFT, in float32 at least; the result in the dtype of `x`."
     dtype = at_least_float32(x.dtype)
@@ -333,7 +331,8 @@ def fft_correlate(x, kernel, bias, stride, pairs, groups, dilation, kept=None):
     factors = [factors[0].unflatten(0, (groups, -1)).to(dtype), *(f.to(dtype) for f in factors[1:])]
     with no_autocast(x):
         y = _fft_output(t.unflatten(1, (groups, -1)).to(dtype), factors, pairs, kept, x.dtype).flatten(1, 2)
-        y = y[(..., *(slice(None, None, s) for s in stride))]
+        if max(stride) > 1:
+            y = y[(..., *(slice(None, None, s) for s in stride))].clone(memory_format=torch.contiguous_format)
         if bias is not None: y = y + bias.to(dtype).view(-1, *[1]*len(stride))
         return y.to(x.dtype, memory_format=torch.channels_last) if is_channels_last(x) and x.ndim == 4 else y.to(x.dtype).contiguous()
 
