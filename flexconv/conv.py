@@ -16,27 +16,30 @@ from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
 
 # %% ../nbs/13_conv.ipynb #69f140fe
-def padding_pairs(padding,         # 'same', 'valid', an int, one int per axis, or one (before, after) pair per axis
-                  size,            # kernel size, a tuple
-                  dilation,        # dilation, a tuple
-                  causal=False,    # True: all of 'same' before the input
+def padding_pairs(padding,       # 'same', 'valid', an int, or per axis an int or a (before, after) pair
+                  size,          # kernel size, a tuple
+                  dilation,      # dilation, a tuple
+                  causal=False,  # True: all of 'same' before the input
                  ):
-    "Positions to pad before and after each axis, `((before, after), ...)`. Pairs may be negative: they crop."
+    "Positions to pad before and after each axis, `((before, after), ...)`; negative ones crop."
     ndim = len(size)
     spans = [d*(n-1) for n, d in zip(size, dilation)]
     if causal:
         if ndim != 1 or padding != 'same':
-            raise ValueError(f"causal needs one axis and padding='same'; got {ndim} axes and padding={padding!r}")
+            raise ValueError("causal needs one axis and padding='same'; "
+                             f"got {ndim} axes and padding={padding!r}")
         return ((spans[0], 0),)
     if isinstance(padding, str):
         check_choice(padding, ('same', 'valid'), 'padding')
         if padding == 'valid': return ((0, 0),)*ndim
         return tuple((s//2, s - s//2) for s in spans)
-    if isinstance(padding, (tuple, list)) and len(padding) == ndim and all(map(_is_pair, padding)):
+    is_sequence = isinstance(padding, (tuple, list))
+    if is_sequence and len(padding) == ndim and all(map(_is_pair, padding)):
         return tuple((int(before), int(after)) for before, after in padding)
     return tuple((p, p) for p in per_axis(padding, ndim, 'padding', minimum=0))
 
-def _is_pair(p): return isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(q, Integral) for q in p)
+def _is_pair(p):
+    return isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(q, Integral) for q in p)
 
 # %% ../nbs/13_conv.ipynb #a21c8097
 padding_modes = dict(zeros='constant', reflect='reflect', replicate='replicate', circular='circular')  # ours -> F.pad's
@@ -54,11 +57,11 @@ def check_padding_fits(padding_mode, pairs, size):
     if padding_mode not in missing or makes_program(): return
     most = tuple(s - missing[padding_mode] for s in size)
     if any(max(p) > m for p, m in zip(pairs, most)):
-        raise ValueError(f'padding_mode={padding_mode!r} can pad an input of size {tuple(size)} by at most {most}; '
-                         f'the kernel needs {pairs}')
+        raise ValueError(f'padding_mode={padding_mode!r} can pad an input of size {tuple(size)} '
+                         f'by at most {most}; the kernel needs {pairs}')
 
 def makes_program():
-    "True while torch.compile, torch.export or torch.jit.trace makes a program: it must hold for inputs of other sizes."
+    "True while torch.compile, export or jit.trace makes a program, which must hold for other sizes."
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 # %% ../nbs/13_conv.ipynb #13a6e8af
@@ -141,7 +144,7 @@ def autotune(x, kernel, args):
 def choose(x, kernel, args, method):
     "'direct', one of `spectral_methods`, or `(method, tile)`."
     _, stride, pairs, _, dilation = args
-    if method == 'direct': return method
+    if method == 'direct' or len(x) == 0: return 'direct'
     if in_functorch(): return 'matmul'
     if method in spectral_methods: return method
     if method == 'autotune' and not x.is_meta: return autotune(x, kernel, args)
@@ -164,7 +167,7 @@ def check_arguments(x, kernel, bias, groups, padding_mode, method):
     if ndim not in (1, 2, 3):
         raise ValueError('weight must be (out_channels, in_channels/groups, *spatial) with 1 to 3 spatial axes; '
                          f'got shape {tuple(kernel.shape)}')
-    if any(n == 0 for n in kernel.shape[1:]):
+    if 0 in kernel.shape:
         raise ValueError(f'weight must have at least one position and channel; got shape {tuple(kernel.shape)}')
     per_axis(groups, 1, 'groups')
     channels = kernel.shape[1]*groups
@@ -193,17 +196,18 @@ def check_dtypes(x, kernel, bias):
 
 # %% ../nbs/13_conv.ipynb #e7b23674
 def trim(kernel, size, pairs, dilation):
-    "A view of the kernel without the positions that meet nothing but zeros on an input of `size`, and its padding."
+    "The kernel without positions that meet only zeros on an input of `size`, a view, and its padding."
     slices, trimmed = [], []
     for n, s, (before, after), d in zip(kernel.shape[2:], size, pairs, dilation):
-        outputs = s + before + after - d*(n-1)                # at stride 1
-        first = max(0, -((outputs - 1 - before)//d))          # position j meets the inputs from j*d - before
-        last = min(n-1, (before + s - 1)//d)                  # to j*d - before + outputs - 1
-        if first > last: return kernel, pairs                 # nothing meets anything: all outputs are 0
+        outputs = s + before + after - d*(n-1)      # at stride 1
+        # position j meets the inputs from j*d - before to j*d - before + outputs - 1
+        first = max(0, -((outputs - 1 - before)//d))
+        last = min(n-1, (before + s - 1)//d)
+        if first > last: return kernel, pairs       # all outputs are 0
         slices.append(slice(first, last+1))
         trimmed.append((before - first*d, after - (n-1-last)*d))
-    part = kernel.at(slices) if isinstance(kernel, LowRankKernel) else kernel[(..., *slices)]
-    return part, tuple(trimmed)
+    lowrank = isinstance(kernel, LowRankKernel)
+    return kernel.at(slices) if lowrank else kernel[(..., *slices)], tuple(trimmed)
 
 # %% ../nbs/13_conv.ipynb #d69434c6
 def plan_call(x, kernel, bias, stride, padding, groups, dilation, causal, padding_mode, method):

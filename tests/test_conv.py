@@ -345,3 +345,11 @@ def test_a_quiet_part_beside_a_loud_one():
     loudest, quiet = want.abs().max(), want[..., :900].abs().max()
     assert gaps['direct'][..., :900].max() < 1e-6*quiet < gaps['fft'][..., :900].max()
     for gap in gaps.values(): assert gap.max() < 1e-6*loudest
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul', 'auto', 'autotune'])
+def test_an_empty_batch(method):
+    x, mix, basis, b = (torch.randn(*s, requires_grad=True) for s in ((0, 2, 9, 8), (3, 2, 2), (2, 5, 5), (3,)))
+    y = conv_nd(x, LowRankKernel(mix, basis), b, stride=2, method=method)
+    assert y.shape == (0, 3, 5, 4)
+    for t, g in zip((x, mix, basis, b), torch.autograd.grad(y.sum(), (x, mix, basis, b))): assert g.shape == t.shape and not g.any()
