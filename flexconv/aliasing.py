@@ -22,13 +22,15 @@ def nyquist_frequency(size,     # positions per axis, at least 2: an int, or a t
 
 # %% ../nbs/22_aliasing.ipynb #7cc10553
 def filter_frequency(f,                # a FourierFilter or GaborFilter
-                     bound='unit',     # 'unit': the highest of its units; 'layer': largest wave plus largest envelope of all units
+                     bound='unit',     # 'unit': the highest of its units; 'layer': largest wave plus largest envelope
                      stddevs=2.,       # standard deviations of an envelope's spectrum that count
                     ):
     "Highest frequency of a filter, in cycles per unit of position; a scalar tensor."
     wave = f.linear.weight.abs()                                              # (H, D)
-    width = stddevs*f.gamma.abs() if hasattr(f, 'gamma') else torch.zeros_like(wave)    # (H, 1 or D)
-    return ((wave + width).max() if bound == 'unit' else wave.max() + width.max())/(2*math.pi)
+    if not hasattr(f, 'gamma'): return wave.max()/(2*math.pi)
+    width = stddevs*f.gamma.abs()                                             # (H, 1 or D)
+    highest = (wave + width).max() if bound == 'unit' else wave.max() + width.max()
+    return highest/(2*math.pi)
 
 # %% ../nbs/22_aliasing.ipynb #ee91ceca
 def mask_frequency(layer,        # a FlexConv
@@ -40,42 +42,53 @@ def mask_frequency(layer,        # a FlexConv
 
 # %% ../nbs/22_aliasing.ipynb #1e6fc165
 def _filters(layer):
-    "The filters of a layer's kernel network, or of a kernel network; a ValueError for one whose frequencies are not known."
+    "The filters of a layer's kernel network, or of a kernel network; a ValueError where frequencies are not known."
     net = getattr(layer, 'kernel_network', layer)
     if not isinstance(net, MultiplicativeFilterNetwork):
-        raise ValueError(f'the highest frequency is known for MAGNet, Gabor and Fourier kernels only; got {type(net).__name__}')
+        raise ValueError('the highest frequency is known for MAGNet, Gabor and Fourier kernels only; '
+                         f'got {type(net).__name__}')
     return net.filters
 
 # %% ../nbs/22_aliasing.ipynb #71126259
 def highest_frequency(layer,                 # a CKConv, a FlexConv or a kernel network
                       bound='unit',          # 'unit' (tight) or 'layer' (the authors' upper bound)
                       stddevs=2.,            # standard deviations of a Gaussian's spectrum that count
-                      include_mask=False,    # add the mask's frequency, shared out evenly among the filters?
+                      include_mask=False,    # True: add the mask's frequency, shared out evenly among the filters
                      ):
     "Highest frequency of each filter, `(layers+1,)`, in cycles per unit of position; their sum bounds the kernel's."
     check_choice(bound, ('unit', 'layer'), 'bound')
     stddevs = check_number(stddevs, 'stddevs', 0)
     freqs = torch.stack([filter_frequency(f, bound, stddevs) for f in _filters(layer)])
-    return freqs + mask_frequency(layer, stddevs)/len(freqs) if include_mask and hasattr(layer, 'mask') else freqs
+    if not include_mask or not hasattr(layer, 'mask'): return freqs
+    return freqs + mask_frequency(layer, stddevs)/len(freqs)
+
+# %% ../nbs/22_aliasing.ipynb #1366bf69
+def limit_frequency(layer,        # a CKConv or FlexConv
+                    resolution):  # pixels of the coarsest data, or None for the layer's own grid
+    "Nyquist frequency of the coarsest grid of a layer; infinite for a single position, which cannot alias."
+    sizes = [n for n in layer.grid_size if n > 1]
+    if resolution is not None: sizes.append(resolution + 1)
+    return nyquist_frequency(min(sizes)) if sizes else math.inf
 
 # %% ../nbs/22_aliasing.ipynb #e9915f92
 def aliasing_loss(model,                  # a layer, or a network that contains some
-                  resolution,             # size of the data in pixels (samples), at least 1
+                  resolution=None,        # pixels of the coarsest data, at least 1; None: each kernel's own grid
                   factor=0.1,             # weight of the loss
                   method='together',      # 'together': every filter keeps to its share; 'summed': their sum does
-                  include_mask=False,     # count the mask's frequency too?
+                  include_mask=False,     # True: count the mask's frequency too
                   bound='unit',           # see `highest_frequency`
                   stddevs=2.,             # see `highest_frequency`
                  ):
-    "Penalty for kernel frequencies above the Nyquist frequency of `resolution`, summed over layers; a scalar tensor."
+    "Penalty for kernel frequencies above the Nyquist frequency of their grids, summed over layers; a scalar tensor."
     check_choice(method, ('together', 'summed'), 'method')
     factor = check_number(factor, 'factor', 0, closed=True)
-    nyquist = nyquist_frequency(per_axis(resolution, 1, 'resolution')[0] + 1)
+    if resolution is not None: resolution, = per_axis(resolution, 1, 'resolution')
     layers = [m for m in model.modules() if isinstance(m, CKConv)]
     if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
     loss = 0.
     for layer in layers:
-        freqs = highest_frequency(layer, bound, stddevs, include_mask)
-        over = freqs - nyquist/len(freqs) if method == 'together' else freqs.sum() - nyquist
+        freqs = highest_frequency(layer, bound, stddevs, include_mask)        # (L+1,)
+        limit = limit_frequency(layer, resolution)
+        over = freqs - limit/len(freqs) if method == 'together' else freqs.sum() - limit
         loss = loss + over.relu().square().sum()
     return factor*loss

@@ -7,20 +7,24 @@ __all__ = ['LowRankKernel']
 
 # %% ../nbs/11_correlate.ipynb #5fbd6659
 import math
+import threading
 from contextlib import nullcontext
 from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .core import at_least_float32
-from .transforms import (
-    ChannelsFirst, ComplexProduct, FourierTransform, FourierTranspose, PixelsFirst, axes_transform, choose_factors, chunks,
-    factored_transform, fast_length, fft_spectrum, fourier_matrix, inverse_fft_spectrum, is_channels_last, missing_gain, power_of_two)
+from .transforms import ComplexProduct, FourierTransform, FourierTranspose, axes_transform, factored_transform
+from .transforms import choose_factors, fourier_matrix, missing_gain, power_of_two
+from .transforms import ChannelsFirst, PixelsFirst, is_channels_last, to_channels_last
+from .transforms import chunks, fast_length, fft_spectrum, inverse_fft_spectrum
 
 # %% ../nbs/11_correlate.ipynb #66e42278
 class LowRankKernel:
-    "A kernel in two factors, `mix` `(out_channels, in_channels/groups, R)` and `basis` `(R, *N)`: what `conv_nd` takes instead of a weight."
-    def __init__(self, mix, basis):
+    "A kernel in two factors; `conv_nd` takes it instead of a weight."
+    def __init__(self,
+                 mix,       # `(out_channels, in_channels/groups, R)`
+                 basis):    # `(R, *N)`
         if mix.ndim != 3 or mix.shape[2] != basis.shape[0]:
             raise ValueError('mix must have shape (out_channels, in_channels/groups, R) and basis (R, *N); '
                              f'got {tuple(mix.shape)} and {tuple(basis.shape)}')
@@ -44,6 +48,8 @@ class LowRankKernel:
         return LowRankKernel(self.mix, self.basis[(slice(None), *slices)])
 
 # %% ../nbs/11_correlate.ipynb #3ff9fd85
+long_axis = 128      # from this circular length on, a single axis is transformed as two
+
 def transform_work(lengths,     # of the circle, per axis
                    size,        # positions per axis
                   ):
@@ -52,19 +58,19 @@ def transform_work(lengths,     # of the circle, per axis
     if len(lengths) == 1 and lengths[0] > long_axis:                      # two factors
         l1, l2 = choose_factors(lengths[0], (size[0],))
         return (l1//2 + 1)*(2*size[0] + 4*l2*l2)
-    steps = [4*half*math.prod(lengths[1:i+1])*math.prod(size[i:]) for i in range(1, len(lengths))]
-    return 2*half*math.prod(size) + sum(steps)
+    work = 2*half*math.prod(size)                                         # first axis: real to complex
+    for i in range(1, len(lengths)):                                      # others: complex to complex
+        work += 4*half*math.prod(lengths[1:i+1])*math.prod(size[i:])
+    return work
 
 def mixing_work(size, lengths, rank):
     "Multiplications for one kernel that is mixed before its transform, and after it."
     frequencies = (lengths[0]//2 + 1)*math.prod(lengths[1:])
     return rank*math.prod(size) + transform_work(lengths, size), 2*frequencies*rank
 
-long_axis = 128      # from this circular length on, a single axis is transformed as two
-
 # %% ../nbs/11_correlate.ipynb #1ec5ff41
 def rounding_error(length, size, dtype):
-    "How far, relative to 1, a transform with rounded matrices and its transpose are from the identity on `size` positions."
+    "How far a transform with rounded matrices and its transpose are from the identity on `size` positions."
     matrix = fourier_matrix(length, length, np.arange(size))*power_of_two(length)
     rounded = torch.from_numpy(np.concatenate((matrix.real, matrix.imag))).to(dtype).double()
     product = missing_gain((length,))*rounded.T @ rounded
@@ -94,7 +100,8 @@ class AxesPlan:
 class LongPlan:
     "As `AxesPlan`, for one long axis in two factors."
     def __init__(self, size, taps, out, pairs, stride, dilation, dtype):
-        ((before, after),), (self.stride,), (self.dilation,) = pairs, stride, dilation
+        before, after = pairs[0]
+        self.stride, self.dilation = stride[0], dilation[0]
         self.last = (out[0] - 1)*self.stride + 1                          # outputs at stride 1
         spread = self.dilation*(taps[0] - 1) + 1                          # taps with their zeros
         l1, l2 = choose_factors(size[0] + max(0, before, after), (size[0], self.last))
@@ -133,7 +140,8 @@ def matmul_plan(size, taps,         # positions of input and kernel per axis, tu
     "The plan of a correlation, and the size of its output."
     out = tuple((s + sum(p) - d*(n-1) - 1)//r + 1 for s, p, d, n, r in zip(size, pairs, dilation, taps, stride))
     long = len(size) == 1 and size[0] + max(0, *pairs[0]) > long_axis
-    return (LongPlan if long else AxesPlan)(size, taps, out, pairs, stride, dilation, dtype), out
+    make = LongPlan if long else AxesPlan
+    return make(size, taps, out, pairs, stride, dilation, dtype), out
 
 # %% ../nbs/11_correlate.ipynb #e748720a
 def channel_product(xs,        # real and imaginary part of the input's spectrum, `(F, B, C)` each
@@ -143,56 +151,69 @@ def channel_product(xs,        # real and imaginary part of the input's spectrum
     frequencies, B, C = xs[0].shape
     O, I = out_channels//groups, C//groups
     if I == O == 1:
-        (a, b), (c, d) = xs, (w[:, None] for w in ws)                     # c, d: (F, 1, C)
+        a, b = xs
+        c, d = ws[0][:, None], ws[1][:, None]                             # (F, 1, C)
         return torch.addcmul(a*c, b, d), torch.addcmul(b*c, a, d, value=-1)
     xs = [v.unflatten(2, (groups, I)).transpose(1, 2).reshape(-1, B, I) for v in xs]
     ws = [v.reshape(-1, O, I).mT for v in ws]
     ys = ComplexProduct.apply(*xs, *ws, -1)                               # (F*groups, B, O)
     return [v.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2) for v in ys]
 
-# %% ../nbs/11_correlate.ipynb #c8145145
-def no_autocast(x):
-    "Autocast off, for tensors that are in the precision they shall be computed in."
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+# %% ../nbs/11_correlate.ipynb #98beaa13
+largest_remembered = 2**20      # numbers of a spectrum that is kept: 4 MB in float32
+replacing = threading.Lock()
 
+def remembered(kept,       # a dict, or None to keep nothing
+               key,        # what the value depends on
+               numbers,    # size of the value
+               make):      # computes the value, tensors
+    "The tensors of `make()`, or those that `kept` has for this key. It has the last ones, unless they were too large."
+    found = None if kept is None else kept.get(key)
+    if found is not None: return found
+    made = tuple(make())
+    if kept is not None and numbers <= largest_remembered:
+        with replacing:
+            kept.clear()
+            kept[key] = made
+    return made
+
+# %% ../nbs/11_correlate.ipynb #8e4a4dd9
 def spectrum_of_kernel(plan, kernel, dtype):
     "Real and imaginary part of a kernel's spectrum, `(F, O*I)` each, from a weight or a `LowRankKernel`."
     if not isinstance(kernel, LowRankKernel):
         taps = kernel.movedim((0, 1), (-2, -1)).flatten(-2)               # (*N, O*I)
         return plan.taps_spectrum((taps.to(at_least_float32(dtype))*plan.gain).to(dtype).contiguous())
-    basis, mix = kernel.basis.movedim(0, -1)*plan.gain, kernel.mix.flatten(0, 1).T     # (*N, R), (R, O*I)
+    basis = kernel.basis.movedim(0, -1)*plan.gain                         # (*N, R)
+    mix = kernel.mix.flatten(0, 1).T                                      # (R, O*I)
     before, after = mixing_work(kernel.shape[2:], plan.lengths, kernel.rank)
     if before < after: return plan.taps_spectrum((basis @ mix).to(dtype))
     return [part @ mix.to(dtype) for part in plan.taps_spectrum(basis.to(dtype).contiguous())]
 
-@torch.compiler.disable
-def matmul_correlate(x,                          # `(B, C, *S)`
-                     kernel,                     # weight `(O, C/groups, *N)` in the dtype of x, or a `LowRankKernel`
-                     bias, stride, pairs, groups, dilation,    # bias `(O,)` or None; stride, (before, after) padding and dilation per axis
-                     kept=None):                 # a dict that keeps the kernel's spectrum, for calls without gradients
-    "Cross-correlation by transforms that are matrix products, `(B, O, *out)`, in the dtype and the memory format of `x`."
-    plan, out = matmul_plan(tuple(x.shape[2:]), tuple(kernel.shape[2:]), pairs, stride, dilation, x.dtype)
+# %% ../nbs/11_correlate.ipynb #c8145145
+def no_autocast(x):
+    "Autocast off on the device of `x`."
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+def matmul_correlate(x,                   # `(B, C, *S)`
+                     kernel,              # weight `(O, C/groups, *N)` in the dtype of x, or a `LowRankKernel`
+                     bias,                # `(O,)` or None
+                     stride,              # one int per axis
+                     pairs,               # (before, after) padding per axis
+                     groups,
+                     dilation,            # one int per axis
+                     kept=None):          # a dict that keeps the kernel's spectrum, for calls without gradients
+    "Cross-correlation by transforms that are matrix products, `(B, O, *out)`, in the dtype and memory format of `x`."
+    plan, _ = matmul_plan(tuple(x.shape[2:]), tuple(kernel.shape[2:]), pairs, stride, dilation, x.dtype)
     with no_autocast(x):
         t = PixelsFirst.apply(x)                                          # (*S, B, C)
         B, C = t.shape[-2:]
-        xs = [v.unflatten(1, (B, C)) for v in plan.input_spectrum(t.flatten(x.ndim - 2))]
-        ws = remembered(kept, ('matmul', plan, x.dtype), lambda: spectrum_of_kernel(plan, kernel, x.dtype))
-        ys = channel_product(xs, ws, groups, kernel.shape[0])             # (F, B, O)
+        xs = [v.unflatten(1, (B, C)) for v in plan.input_spectrum(t.flatten(x.ndim - 2))]      # (F, B, C)
+        numbers = 2*xs[0].shape[0]*kernel.shape[0]*kernel.shape[1]
+        ws = remembered(kept, ('matmul', plan, x.dtype), numbers, lambda: spectrum_of_kernel(plan, kernel, x.dtype))
+        re, im = channel_product(xs, ws, groups, kernel.shape[0])         # (F, B, O)
         constant = None if bias is None else bias.to(x.dtype).repeat(B)
-        y = plan.output(*(v.flatten(1) for v in ys), constant).unflatten(-1, (B, -1))
-        return ChannelsFirst.apply(y, is_channels_last(x))
-
-largest_remembered = 2**24      # numbers (64 MB in float32) of a spectrum that is kept
-
-def remembered(kept, key, make):
-    "The tensors of `make()`, kept in the dict `kept` for the next call with this key if they are not too large. One is enough: a network meets one resolution at a time."
-    if kept is None: return make()
-    if key not in kept:
-        made = list(make())
-        if sum(v.numel()*(1 + v.is_complex()) for v in made) > largest_remembered: return made
-        kept.clear()
-        kept[key] = made
-    return kept[key]
+        y = plan.output(re.flatten(1), im.flatten(1), constant)           # (*out, B*O)
+        return ChannelsFirst.apply(y.unflatten(-1, (B, -1)), is_channels_last(x))
 
 # %% ../nbs/11_correlate.ipynb #86a8fb4b
 def circle(size, kernel, pairs):
@@ -201,53 +222,75 @@ def circle(size, kernel, pairs):
     return lengths, tuple((before, l - s - before) for l, s, (before, _) in zip(lengths, size, pairs))
 
 def parseval(lengths, like):
-    "Weights of the frequencies of a real transform in an inner product, `(frequencies,)`: each stands for itself and its mirror image."
+    "Weights of the frequencies of a real transform in an inner product, `(frequencies,)`, mirror images included."
     w = like.new_full((*lengths[:-1], lengths[-1]//2 + 1), 2/math.prod(lengths))
-    w[..., 0] /= 2; w[..., -1] /= 2
+    w[..., 0] /= 2
+    w[..., -1] /= 2
     return w.flatten()
-
-def planes(s):
-    "Complex `(f, n)` as real `(2 f, n)`: all real parts, then all imaginary ones."
-    return torch.view_as_real(s).permute(2, 0, 1).flatten(0, 1)
 
 # %% ../nbs/11_correlate.ipynb #75c91246
 class DenseSpectrum:
     "The spectrum of a weight `(G, O, I, *N)`, and its gradient."
-    def __init__(self, weight): self.factors, self.size = (weight,), weight.shape[3:]
-    def transform(self, lengths): return fft_spectrum(self.factors[0].transpose(0, 1), lengths, ((0, 0),)*len(lengths))
+    def __init__(self, weight):
+        self.factors, self.channels, self.size = (weight,), weight.shape[:3], weight.shape[3:]
+
+    def transform(self, lengths):
+        weight, = self.factors
+        return fft_spectrum(weight.transpose(0, 1), lengths, ((0, 0),)*len(lengths))      # (G, F, O, I)
+
     def at(self, spectrum, part): return spectrum[:, part]                # (G, f, O, I)
-    def start(self, spectrum, lengths, needs): self.gradient = torch.empty_like(spectrum) if needs[0] else None
+
+    def start(self, spectrum, lengths, needs):
+        self.gradient = torch.empty_like(spectrum) if needs[0] else None
+
     def add(self, part, gw):
         if self.gradient is not None: self.gradient[:, part] = gw
+
     def gradients(self, lengths):
         if self.gradient is None: return [None]
         return [inverse_fft_spectrum(self.gradient, lengths, [0]*len(lengths), self.size).transpose(0, 1)]
 
+# %% ../nbs/11_correlate.ipynb #a92f8a77
+def planes(s):
+    "Complex `(f, n)` as real `(2 f, n)`: all real parts, then all imaginary ones."
+    return torch.view_as_real(s).permute(2, 0, 1).flatten(0, 1)
+
+def complex_of(planes):
+    "Undoes `planes`."
+    re, im = planes.view(2, -1, planes.shape[1])
+    return torch.complex(re, im)
+
 class LowRankSpectrum:
     "The spectrum of the factors `mix` `(G, O, I, R)` and `basis` `(R, *N)`, and their gradients."
-    def __init__(self, mix, basis): self.factors, self.size = (mix, basis), basis.shape[1:]
-    def transform(self, lengths): return fft_spectrum(self.factors[1][None, None], lengths, ((0, 0),)*len(lengths))[0, :, 0]
+    def __init__(self, mix, basis):
+        self.factors, self.channels, self.size = (mix, basis), mix.shape[:3], basis.shape[1:]
+        self.flat_mix = mix.flatten(0, 2)                                 # (G O I, R)
+
+    def transform(self, lengths):
+        basis = self.factors[1]
+        return fft_spectrum(basis[None, None], lengths, ((0, 0),)*len(lengths))[0, :, 0]      # (F, R)
+
     def at(self, spectrum, part):
-        mix = self.factors[0]
-        re, im = (planes(spectrum[part]) @ mix.flatten(0, 2).T).view(2, -1, *mix.shape[:3])
-        return torch.complex(re, im).movedim(1, 0)                        # (G, f, O, I)
+        mixed = complex_of(planes(spectrum[part]) @ self.flat_mix.T)      # (f, G O I)
+        return mixed.unflatten(1, self.channels).movedim(1, 0)            # (G, f, O, I)
 
     def start(self, spectrum, lengths, needs):
-        mix = self.factors[0]
-        self.mix_gradient = mix.new_zeros(mix.shape).flatten(0, 2) if needs[0] else None
-        self.basis_gradient = torch.empty_like(spectrum) if needs[1] else None
-        self.weighted = parseval(lengths, mix)[:, None]*spectrum if needs[0] else None
+        need_mix, need_basis = needs
+        self.mix_gradient = torch.zeros_like(self.flat_mix) if need_mix else None
+        self.basis_gradient = torch.empty_like(spectrum) if need_basis else None
+        self.weighted = parseval(lengths, self.flat_mix)[:, None]*spectrum if need_mix else None
 
     def add(self, part, gw):
-        mix, gw = self.factors[0], planes(gw.movedim(0, 1).flatten(1))    # (2 f, G O I)
+        gw = planes(gw.movedim(0, 1).flatten(1))                          # (2 f, G O I)
         if self.mix_gradient is not None: self.mix_gradient.addmm_(gw.T, planes(self.weighted[part]))
-        if self.basis_gradient is None: return
-        self.basis_gradient[part] = torch.complex(*(gw @ mix.flatten(0, 2)).view(2, -1, mix.shape[3]))
+        if self.basis_gradient is not None: self.basis_gradient[part] = complex_of(gw @ self.flat_mix)
 
     def gradients(self, lengths):
         mix, basis = self.mix_gradient, self.basis_gradient
-        if basis is not None: basis = inverse_fft_spectrum(basis[None, :, None], lengths, [0]*len(lengths), self.size)[0, 0]
-        return [None if mix is None else mix.view(self.factors[0].shape), basis]
+        if mix is not None: mix = mix.view_as(self.factors[0])
+        if basis is not None:
+            basis = inverse_fft_spectrum(basis[None, :, None], lengths, [0]*len(lengths), self.size)[0, 0]
+        return [mix, basis]
 
 spectrum_kinds = {1: DenseSpectrum, 2: LowRankSpectrum}     # number of factors -> class
 
@@ -258,83 +301,102 @@ def _matmul(a, b):
     if a.shape[-2] == b.shape[-1] == 1: return (a*b.mT).sum(-1, keepdim=True)
     return a @ b
 
-def _correlate(x, kernel, pairs, spectrum=None):
-    "Correlate `x` `(B, G, I, *S)` with a kernel of `spectrum_kinds`: `(B, G, O, *out)`, and the spectra of both."
+def correlate_spectra(x,                 # `(B, G, I, *S)`
+                      kernel,            # one of `spectrum_kinds`
+                      pairs,             # (before, after) padding per axis
+                      spectrum=None):    # that of the kernel, where it is known
+    "Correlation of `x` with a kernel, `(B, G, O, *out)`, and the spectra of both."
     lengths, margins = circle(x.shape[3:], kernel.size, pairs)
     xs = fft_spectrum(x, lengths, margins)                                # (G, F, B, I)
     if spectrum is None: spectrum = kernel.transform(lengths)
-    (G, n, B, I), O = xs.shape, kernel.factors[0].shape[1]
-    ys = [_matmul(xs[:, part], kernel.at(spectrum, part).mH) for part in chunks(n, 8*G*(O*I + B*O), x.device)]
+    G, frequencies, B, I = xs.shape
+    O = kernel.channels[1]
+    parts = chunks(frequencies, 8*G*(O*I + B*O), x.device)
+    ys = [_matmul(xs[:, part], kernel.at(spectrum, part).mH) for part in parts]
     ys = ys[0] if len(ys) == 1 else torch.cat(ys, 1)                      # (G, F, B, O)
     out = [s + sum(p) - m + 1 for s, m, p in zip(x.shape[3:], kernel.size, pairs)]
     return inverse_fft_spectrum(ys, lengths, [0]*len(out), out), xs, spectrum
 
 # %% ../nbs/11_correlate.ipynb #12a6a022
 class Correlate(torch.autograd.Function):
-    "Correlation of `x` with the factors of a kernel, with a backward pass that transforms only the incoming gradient."
+    "Correlation of `x` with the factors of a kernel, whose backward pass transforms only the incoming gradient."
     @staticmethod
     def forward(ctx, x, pairs, *factors):
         kernel = spectrum_kinds[len(factors)](*factors)
-        y, xs, spectrum = _correlate(x, kernel, pairs)
+        y, xs, spectrum = correlate_spectra(x, kernel, pairs)
         ctx.pairs = pairs
         ctx.save_for_backward(x, *factors, xs if any(ctx.needs_input_grad[2:]) else None, spectrum)
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        (x, *factors, xs, spectrum), (need_x, _, *needs) = ctx.saved_tensors, ctx.needs_input_grad
+        x, *factors, xs, spectrum = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
         kernel = spectrum_kinds[len(factors)](*factors)
         if torch.is_grad_enabled(): return differentiable_backward(x, kernel, ctx.pairs, gy, need_x, needs)
         lengths, margins = circle(x.shape[3:], kernel.size, ctx.pairs)
         with no_autocast(x):
             gs = fft_spectrum(gy, lengths, tuple((0, l-n) for l, n in zip(lengths, gy.shape[3:])))     # (G, F, B, O)
-            (G, n, B, O), I = gs.shape, x.shape[2]
-            gxs = gs.new_empty(G, n, B, I) if need_x else None
+            G, frequencies, B, O = gs.shape
+            I = x.shape[2]
+            gxs = gs.new_empty(G, frequencies, B, I) if need_x else None
             kernel.start(spectrum, lengths, needs)
-            for part in chunks(n, 8*G*(O*I + B*max(O, I)), gs.device):
+            for part in chunks(frequencies, 8*G*(O*I + B*max(O, I)), gs.device):
                 if need_x: gxs[:, part] = _matmul(gs[:, part], kernel.at(spectrum, part))
                 if any(needs): kernel.add(part, _matmul(gs[:, part].mH, xs[:, part]))
-            gx = inverse_fft_spectrum(gxs, lengths, [m[0] for m in margins], x.shape[3:]) if need_x else None
+            befores = [before for before, _ in margins]
+            gx = inverse_fft_spectrum(gxs, lengths, befores, x.shape[3:]) if need_x else None
             return gx, None, *kernel.gradients(lengths)
 
 def differentiable_backward(x, kernel, pairs, gy, need_x, needs):
     "The gradients of `x` and the factors, by autograd, which can differentiate them again."
-    inputs = x, *kernel.factors
-    wanted = [t for t, need in zip(inputs, (need_x, *needs)) if need]
-    grads = iter(torch.autograd.grad(_correlate(x, kernel, pairs)[0], wanted, gy, create_graph=True))
-    gx, *rest = (next(grads) if need else None for need in (need_x, *needs))
+    inputs, needed = (x, *kernel.factors), (need_x, *needs)
+    wanted = [t for t, need in zip(inputs, needed) if need]
+    y, _, _ = correlate_spectra(x, kernel, pairs)
+    grads = list(torch.autograd.grad(y, wanted, gy, create_graph=True))
+    gx, *rest = [grads.pop(0) if need else None for need in needed]
     return gx, None, *rest
 
 # %% ../nbs/11_correlate.ipynb #4d2349f1
 def dilate(weight, dilation):
     "`weight` with dilation - 1 zeros between its positions."
     if all(d == 1 for d in dilation): return weight
-    lead = weight.shape[:weight.ndim-len(dilation)]
-    out = weight.new_zeros(*lead, *(d*(n-1) + 1 for n, d in zip(weight.shape[len(lead):], dilation)))
+    lead, size = weight.shape[:-len(dilation)], weight.shape[-len(dilation):]
+    out = weight.new_zeros(*lead, *(d*(n-1) + 1 for n, d in zip(size, dilation)))
     out[(..., *(slice(None, None, d) for d in dilation))] = weight
     return out
 
-@torch.compiler.disable
+def grouped_factors(kernel, groups, dilation, dtype):
+    "The factors of a kernel as one of `spectrum_kinds` takes them."
+    lowrank = isinstance(kernel, LowRankKernel)
+    first = kernel.mix if lowrank else dilate(kernel, dilation)
+    first = first.unflatten(0, (groups, -1)).to(dtype)                    # (G, O, I, ...)
+    return [first, dilate(kernel.basis, dilation).to(dtype)] if lowrank else [first]
+
+# %% ../nbs/11_correlate.ipynb #b5c15f7f
+def fft_output(x, factors, pairs, kept, dtype):
+    "Correlation with gradients, or with the kernel's spectrum from `kept`, for a kernel that was rounded to `dtype`."
+    kernel = spectrum_kinds[len(factors)](*factors)
+    lengths, _ = circle(x.shape[3:], kernel.size, pairs)
+    numbers = 2*math.prod(kernel.channels)*math.prod(lengths[:-1])*(lengths[-1]//2 + 1)
+    if kept is None or numbers > largest_remembered: return Correlate.apply(x, pairs, *factors)
+    whole = lambda: [kernel.at(kernel.transform(lengths), slice(None)).contiguous()]
+    spectrum, = remembered(kept, ('fft', lengths, kernel.size, dtype), numbers, whole)
+    mixed = DenseSpectrum(x.new_empty(*kernel.channels, *kernel.size, device='meta'))       # its transform is known
+    return correlate_spectra(x, mixed, pairs, spectrum)[0]
+
 def fft_correlate(x, kernel, bias, stride, pairs, groups, dilation, kept=None):
     "As `matmul_correlate`, through the FFT, in float32 at least; the result in the dtype of `x`."
     dtype = at_least_float32(x.dtype)
     crop = [min(p, 0) for pair in reversed(pairs) for p in pair]
-    pairs = tuple((max(b, 0), max(a, 0)) for b, a in pairs)
+    zeros = tuple((max(before, 0), max(after, 0)) for before, after in pairs)
     t = F.pad(x, crop) if any(crop) else x
-    factors = (kernel.mix, dilate(kernel.basis, dilation)) if isinstance(kernel, LowRankKernel) else (dilate(kernel, dilation),)
-    factors = [factors[0].unflatten(0, (groups, -1)).to(dtype), *(f.to(dtype) for f in factors[1:])]
+    t = t.unflatten(1, (groups, -1)).to(dtype)                            # (B, G, I, *S)
     with no_autocast(x):
-        y = _fft_output(t.unflatten(1, (groups, -1)).to(dtype), factors, pairs, kept, x.dtype).flatten(1, 2)
-        y = y[(..., *(slice(None, None, s) for s in stride))]
+        factors = grouped_factors(kernel, groups, dilation, dtype)
+        y = fft_output(t, factors, zeros, kept, x.dtype).flatten(1, 2)    # (B, O, *out), at stride 1
+        if max(stride) > 1:                                               # and not a view of all of that
+            y = y[(..., *(slice(None, None, s) for s in stride))].clone(memory_format=torch.contiguous_format)
         if bias is not None: y = y + bias.to(dtype).view(-1, *[1]*len(stride))
-        return y.to(x.dtype, memory_format=torch.channels_last) if is_channels_last(x) and x.ndim == 4 else y.to(x.dtype).contiguous()
-
-def _fft_output(x, factors, pairs, kept, dtype):
-    "Correlation with gradients, or with the kernel's spectrum from `kept`, for a kernel that was rounded to `dtype`."
-    if kept is None: return Correlate.apply(x, pairs, *factors)
-    kernel = spectrum_kinds[len(factors)](*factors)
-    lengths, _ = circle(x.shape[3:], kernel.size, pairs)
-    whole = lambda: [kernel.at(kernel.transform(lengths), slice(None)).contiguous()]
-    spectrum, = remembered(kept, ('fft', lengths, kernel.size, dtype), whole)
-    mixed = DenseSpectrum(x.new_empty(*factors[0].shape[:3], *kernel.size, device='meta'))      # its transform is known
-    return _correlate(x, mixed, pairs, spectrum)[0]
+        y = y.to(x.dtype)
+        return to_channels_last(y) if x.ndim == 4 and is_channels_last(x) else y.contiguous()

@@ -6,61 +6,103 @@
 __all__ = ['rates', 'count_work', 'rates_of', 'estimate_seconds', 'cheapest', 'run_seconds']
 
 # %% ../nbs/12_costs.ipynb #e454fef1
-import json, math, os, platform, statistics, time
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import torch
 from .core import accelerator
 from .correlate import circle, mixing_work, transform_work
 
+# %% ../nbs/12_costs.ipynb #72aee45a
+@dataclass(frozen=True)
+class Shapes:
+    "The sizes in one convolution."
+    batch: int
+    channels: int          # of the input
+    out_channels: int
+    in_channels: int       # of one group
+    size: tuple            # of the input, per axis
+    kernel: tuple          # positions per axis
+    out: tuple             # size of the output, per axis
+    kernels: int           # number of kernels, out_channels * in_channels
+
+def shapes_of(x_shape, weight_shape, pairs, stride, dilation):
+    "The `Shapes` of a convolution; arguments as in `count_work`."
+    batch, channels, *size = x_shape
+    out_channels, in_channels, *kernel = weight_shape
+    spans = [d*(n-1) for n, d in zip(kernel, dilation)]
+    out = [(s + sum(p) - span - 1)//r + 1 for s, p, span, r in zip(size, pairs, spans, stride)]
+    sizes = tuple(size), tuple(kernel), tuple(out)
+    return Shapes(batch, channels, out_channels, in_channels, *sizes, out_channels*in_channels)
+
+# %% ../nbs/12_costs.ipynb #8e6df003
+def direct_unit(s, channels_last, strided):
+    "The name of the rate at which PyTorch's own convolution works here."
+    unit = 'direct'
+    if s.in_channels == 1 and s.channels > 1: unit = 'direct_depthwise'
+    elif s.kernel[-1] > 14: unit = 'direct_strided' if strided else 'direct_wide'
+    elif channels_last and len(s.size) > 1: unit = 'direct_last'
+    return unit + '_1d' if len(s.size) == 1 else unit
+
+def direct_work(s, rank, channels_last, strided):
+    "What the direct method has to do, `{unit: count}`."
+    products = s.batch*s.kernels*math.prod(s.out)*math.prod(s.kernel)
+    mix = s.kernels*(rank or 0)*math.prod(s.kernel)
+    return {direct_unit(s, channels_last, strided): products, 'mix': mix, 'direct_call': 1}
+
+# %% ../nbs/12_costs.ipynb #695aec73
+def fft_work(s, pairs, dilation, rank):
+    "What the methods by FFT have to do, `{method: {unit: count}}`."
+    spread = [d*(n-1) + 1 for n, d in zip(s.kernel, dilation)]                # the kernel with its zeros
+    lengths, _ = circle(s.size, spread, [(max(before, 0), max(after, 0)) for before, after in pairs])
+    points = math.prod(lengths)
+    images = s.batch*(s.channels + s.out_channels)
+    transform = points*math.log2(points)                                      # of one plane
+    product = {'product' if s.in_channels > 1 else 'product_depthwise': s.batch*s.kernels*points/2}
+    mix = s.kernels*(rank or 0)*math.prod(s.kernel)
+    work = dict(fft=dict(transform=(images + s.kernels)*transform, mix=mix, fft_call=1) | product)
+    if rank:
+        mix = s.kernels*rank*points
+        work['lowrank'] = dict(transform=(images + rank)*transform, mix=mix, lowrank_call=1) | product
+    return work
+
+# %% ../nbs/12_costs.ipynb #45c9e741
+def matmul_work(s, pairs, rank, channels_last):
+    "What the method by matrix products has to do, `{unit: count}`."
+    lengths = tuple(n + max(0, *p) for n, p in zip(s.size, pairs))
+    frequencies = (lengths[0]//2 + 1)*math.prod(lengths[1:])
+    of_kernel = min(mixing_work(s.kernel, lengths, rank)) if rank else transform_work(lengths, s.kernel)
+    of_images = s.channels*transform_work(lengths, s.size) + s.out_channels*transform_work(lengths, s.out)
+    planes = s.batch*s.channels*math.prod(s.size) + s.batch*s.out_channels*math.prod(s.out)
+    spectra = s.batch*(s.channels + s.out_channels) + s.kernels
+    product = 0 if s.in_channels == 1 else 4*frequencies*s.batch*s.kernels
+    return dict(matmul_transform=s.batch*of_images + s.kernels*of_kernel, matmul_product=product,
+                matmul_numbers=planes + 2*frequencies*spectra, matmul_reorder=0 if channels_last else planes,
+                matmul_frequencies=frequencies, matmul_call=1)
+
 # %% ../nbs/12_costs.ipynb #006b6920
 def count_work(x_shape,              # (B, C, *S)
                weight_shape,         # (O, C/groups, *N)
                pairs,                # (before, after) padding per axis
-               stride=None, dilation=None,    # per axis, by default 1
+               stride=None,          # per axis, by default 1
+               dilation=None,        # per axis, by default 1
                rank=None,            # R of a `LowRankKernel`
                channels_last=False,  # True if the channels of x lie last in memory
               ):
     "What each method has to do in a forward pass, in the units of the rates: `{method: {unit: count}}`."
-    (batch, channels, *size), (out_channels, in_channels, *kernel) = x_shape, weight_shape
-    stride, dilation = stride or (1,)*len(size), dilation or (1,)*len(size)
-    out = [(s + sum(p) - d*(n-1) - 1)//r + 1 for s, p, n, d, r in zip(size, pairs, kernel, dilation, stride)]
-    shape = batch, channels, size, out_channels, in_channels, kernel, out
-    work = dict(direct=_direct_work(*shape, rank, channels_last, max(stride) > 1))
-    work |= _fft_work(*shape, pairs, dilation, rank)
-    work['matmul'] = _matmul_work(*shape, pairs, rank, channels_last)
+    ones = (1,)*len(pairs)
+    stride, dilation = stride or ones, dilation or ones
+    s = shapes_of(x_shape, weight_shape, pairs, stride, dilation)
+    work = dict(direct=direct_work(s, rank, channels_last, max(stride) > 1))
+    work |= fft_work(s, pairs, dilation, rank)
+    work['matmul'] = matmul_work(s, pairs, rank, channels_last)
     return work
-
-# %% ../nbs/12_costs.ipynb #5afedaa2
-def _direct_work(batch, channels, size, out_channels, in_channels, kernel, out, rank, channels_last, strided):
-    kernels = out_channels*in_channels
-    unit = 'direct'
-    if in_channels == 1 and channels > 1: unit = 'direct_depthwise'
-    elif kernel[-1] > 14: unit = 'direct_strided' if strided else 'direct_wide'
-    elif channels_last and len(size) > 1: unit = 'direct_last'
-    if len(size) == 1: unit += '_1d'
-    return {unit: batch*kernels*math.prod(out)*math.prod(kernel), 'mix': kernels*(rank or 0)*math.prod(kernel), 'direct_call': 1}
-
-def _fft_work(batch, channels, size, out_channels, in_channels, kernel, out, pairs, dilation, rank):
-    kernels, images = out_channels*in_channels, batch*(channels + out_channels)
-    lengths, _ = circle(size, [d*(n-1) + 1 for n, d in zip(kernel, dilation)], [(max(b, 0), max(a, 0)) for b, a in pairs])
-    points = math.prod(lengths)
-    product = {'product' if in_channels > 1 else 'product_depthwise': batch*kernels*points/2}
-    transform = lambda planes: planes*points*math.log2(points)
-    work = dict(fft=dict(transform=transform(images + kernels), mix=kernels*(rank or 0)*math.prod(kernel), fft_call=1) | product)
-    if rank: work['lowrank'] = dict(transform=transform(images + rank), mix=kernels*rank*points, lowrank_call=1) | product
-    return work
-
-def _matmul_work(batch, channels, size, out_channels, in_channels, kernel, out, pairs, rank, channels_last):
-    kernels, lengths = out_channels*in_channels, tuple(s + max(0, *p) for s, p in zip(size, pairs))
-    frequencies = (lengths[0]//2 + 1)*math.prod(lengths[1:])
-    before, after = mixing_work(tuple(kernel), lengths, rank) if rank else (transform_work(lengths, tuple(kernel)), math.inf)
-    transforms = batch*(channels*transform_work(lengths, tuple(size)) + out_channels*transform_work(lengths, tuple(out)))
-    planes = batch*channels*math.prod(size) + batch*out_channels*math.prod(out)
-    numbers = planes + 2*frequencies*(batch*(channels + out_channels) + kernels)
-    product = 0 if in_channels == 1 else 4*frequencies*batch*kernels
-    return dict(matmul_transform=transforms + kernels*min(before, after), matmul_product=product, matmul_numbers=numbers,
-                matmul_reorder=0 if channels_last else planes, matmul_frequencies=frequencies, matmul_call=1)
 
 # %% ../nbs/12_costs.ipynb #5b283d9d
 rates = dict(
@@ -100,40 +142,51 @@ rates = dict(
             training=dict(
                 direct=2e-13, direct_wide=4e-13, direct_1d=4e-13, direct_strided=4e-13, direct_call=1e-4, mix=2e-13,
                 transform=2e-12, product=1e-12, product_depthwise=5e-12, fft_call=5e-4, lowrank_call=7e-4,
-                matmul_transform=1e-13, matmul_product=1e-13, matmul_numbers=1.2e-11, matmul_reorder=8e-12, matmul_call=6e-4),
+                matmul_transform=1e-13, matmul_product=1e-13, matmul_numbers=1.2e-11, matmul_reorder=8e-12,
+                matmul_call=6e-4),
             inference=dict(
-                direct=7e-14, direct_wide=1.4e-13, direct_1d=1.4e-13, direct_strided=1.4e-13, direct_call=3e-5, mix=7e-14,
-                transform=7e-13, product=4e-13, product_depthwise=2e-12, fft_call=2e-4, lowrank_call=3e-4,
-                matmul_transform=3e-14, matmul_product=3e-14, matmul_numbers=4e-12, matmul_reorder=3e-12, matmul_call=2e-4)),
+                direct=7e-14, direct_wide=1.4e-13, direct_1d=1.4e-13, direct_strided=1.4e-13, direct_call=3e-5,
+                mix=7e-14, transform=7e-13, product=4e-13, product_depthwise=2e-12, fft_call=2e-4, lowrank_call=3e-4,
+                matmul_transform=3e-14, matmul_product=3e-14, matmul_numbers=4e-12, matmul_reorder=3e-12,
+                matmul_call=2e-4)),
         bfloat16=dict(
             training=dict(
                 direct=1e-14, direct_wide=4e-13, direct_1d=4e-13, direct_strided=4e-13, direct_call=1e-4, mix=2e-13,
                 transform=2e-12, product=1e-12, product_depthwise=5e-12, fft_call=5e-4, lowrank_call=7e-4,
-                matmul_transform=1.5e-14, matmul_product=1.5e-14, matmul_numbers=6e-12, matmul_reorder=4e-12, matmul_call=6e-4),
+                matmul_transform=1.5e-14, matmul_product=1.5e-14, matmul_numbers=6e-12, matmul_reorder=4e-12,
+                matmul_call=6e-4),
             inference=dict(
-                direct=4e-15, direct_wide=1.4e-13, direct_1d=1.4e-13, direct_strided=1.4e-13, direct_call=3e-5, mix=7e-14,
-                transform=7e-13, product=4e-13, product_depthwise=2e-12, fft_call=2e-4, lowrank_call=3e-4,
-                matmul_transform=5e-15, matmul_product=5e-15, matmul_numbers=2e-12, matmul_reorder=1.4e-12, matmul_call=2e-4))))
+                direct=4e-15, direct_wide=1.4e-13, direct_1d=1.4e-13, direct_strided=1.4e-13, direct_call=3e-5,
+                mix=7e-14, transform=7e-13, product=4e-13, product_depthwise=2e-12, fft_call=2e-4, lowrank_call=3e-4,
+                matmul_transform=5e-15, matmul_product=5e-15, matmul_numbers=2e-12, matmul_reorder=1.4e-12,
+                matmul_call=2e-4))))
 rates['cuda']['float16'] = rates['cuda']['bfloat16']
-# CPUs multiply float16 one by one: what works in float32 inside is much faster there
-rates['cpu']['float16'] = {mode: {unit: v*(100 if unit.startswith(('direct', 'matmul')) else 1) for unit, v in r.items()}
-                           for mode, r in rates['cpu']['float32'].items()}
+
+def _float16_on_a_cpu(rate):
+    "CPUs multiply float16 one by one: the methods that work in float32 inside are much faster there."
+    return {unit: 100*r if unit.startswith(('direct', 'matmul')) else r for unit, r in rate.items()}
+
+rates['cpu']['float16'] = {mode: _float16_on_a_cpu(rate) for mode, rate in rates['cpu']['float32'].items()}
 
 # %% ../nbs/12_costs.ipynb #2b21c9cb
 def machine_key():
     "A name for what the rates of a CPU depend on: processor, threads, version of torch."
     processor = platform.processor() or platform.machine()
-    try: processor = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): pass
-    return f'{processor}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    try:
+        lines = open('/proc/cpuinfo').read().splitlines()
+        processor = [line.split(':')[1].strip() for line in lines if line.startswith('model name')][0]
+    except (OSError, IndexError): pass                            # not a Linux, or one without a name
+    instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f'{processor}, {instructions}, {threads} threads, torch {torch.__version__}'
 
 def rates_file():
     "Where the rates of this user's machines are kept."
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flexconv'/'rates.json'
 
+# %% ../nbs/12_costs.ipynb #91b646bc
 @lru_cache(maxsize=None)
 def calibrated_rates():
-    "The rates that were measured on this machine, `{device type: {precision: {mode: {unit: seconds}}}}`; empty if there are none."
+    "What was measured on this machine, `{device type: {precision: {mode: {unit: seconds}}}}`, or an empty dict."
     try: known = json.loads(rates_file().read_text())
     except (OSError, ValueError): return {}
     found = known.get(machine_key()) if isinstance(known, dict) else None
@@ -142,14 +195,21 @@ def calibrated_rates():
 # %% ../nbs/12_costs.ipynb #a6a0d259
 def rates_of(device, dtype, training):
     "The rates to use for a device type, a dtype and a mode: those measured here, else the built-in ones."
-    precision, mode = {torch.bfloat16: 'bfloat16', torch.float16: 'float16'}.get(dtype, 'float32'), 'training' if training else 'inference'
-    builtin = rates.get(device, rates['cuda'])
+    precision = {torch.bfloat16: 'bfloat16', torch.float16: 'float16'}.get(dtype, 'float32')
+    mode = 'training' if training else 'inference'
     found = calibrated_rates().get(device, {}).get(precision, {}).get(mode)
+    builtin = rates.get(device, rates['cuda'])
     return found or builtin.get(precision, builtin['float32'])[mode]
 
-def estimate_seconds(x_shape, weight_shape, pairs, stride=None, dilation=None, device='cpu', rank=None, dtype=torch.float32,
-                     channels_last=False, training=True):
-    "Estimated time of a convolution for each method, `{method: seconds}`; `training` includes the backward pass, the rest as in `count_work`. Rough: only the order is used."
+# %% ../nbs/12_costs.ipynb #7063d409
+def estimate_seconds(x_shape, weight_shape, pairs, stride=None, dilation=None,    # as in `count_work`
+                     device='cpu',          # type of device
+                     rank=None,             # as in `count_work`
+                     dtype=torch.float32,   # of the input
+                     channels_last=False,   # as in `count_work`
+                     training=True,         # True: with the backward pass
+                    ):
+    "Estimated time of a convolution for each method, `{method: seconds}`. Rough: only the order is used."
     rate = rates_of(device, dtype, training)
     work = count_work(x_shape, weight_shape, pairs, stride, dilation, rank, channels_last)
     return {method: sum(rate.get(unit, 0.)*n for unit, n in units.items()) for method, units in work.items()}
@@ -160,37 +220,38 @@ tile_number = 2e-9           # seconds to cut out and put together, for each num
 
 def tile_counts(out, tile):
     "Number of tiles per axis for an output of size `out`."
-    return tuple(math.ceil(o/tile) for o in out)
+    return tuple(math.ceil(n/tile) for n in out)
 
 def estimate_tiles(x_shape, weight_shape, pairs, dilation, **options):
-    "Estimates for methods in tiles, `{(method, tile): seconds}`, for stride 1 where all axes are larger than a tile; `options` as in `estimate_seconds`."
-    (batch, channels, *size), (out_channels, _, *kernel) = x_shape, weight_shape
-    spans = [d*(n-1) for n, d in zip(kernel, dilation)]
-    out, estimates = [s + sum(p) - m for s, p, m in zip(size, pairs, spans)], {}
+    "Estimates for methods in tiles, `{(method, tile): seconds}`, at stride 1; `options` as in `estimate_seconds`."
+    s = shapes_of(x_shape, weight_shape, pairs, (1,)*len(pairs), dilation)
+    spans = [d*(n-1) for n, d in zip(s.kernel, dilation)]
+    estimates = {}
     for width in tile_widths:
         tile = width - max(spans)
-        if tile < max(spans)/2 or min(out) <= tile: continue
-        tiles = batch*math.prod(tile_counts(out, tile))
-        shape = tiles, channels, *(tile + m for m in spans)
-        seconds = estimate_seconds(shape, weight_shape, ((0, 0),)*len(size), dilation=dilation, **options)
-        cut = tile_number*tiles*(channels*math.prod(shape[2:]) + out_channels*tile**len(size))
-        estimates |= {(method, tile): s + cut for method, s in seconds.items() if method != 'direct'}
+        if tile < max(spans)/2 or min(s.out) <= tile: continue                # mostly overlap, or nothing to cut
+        tiles = s.batch*math.prod(tile_counts(s.out, tile))
+        shape = tiles, s.channels, *(tile + span for span in spans)
+        seconds = estimate_seconds(shape, weight_shape, ((0, 0),)*len(pairs), dilation=dilation, **options)
+        numbers = tiles*(s.channels*math.prod(shape[2:]) + s.out_channels*tile**len(pairs))
+        for method in seconds:
+            if method != 'direct': estimates[method, tile] = seconds[method] + tile_number*numbers
     return estimates
 
 # %% ../nbs/12_costs.ipynb #e1eb53c7
+def cheapest(x_shape, weight_shape, pairs, stride, dilation, device='cpu', rank=None, dtype=torch.float32,
+             channels_last=False, training=True):
+    "The method with the smallest estimate and its tile or None, `(method, tile)`; arguments as in `estimate_seconds`."
+    shapes = tuple(x_shape), tuple(weight_shape), tuple(map(tuple, pairs)), stride, dilation
+    return _cheapest(*shapes, device, rank, dtype, channels_last, training, torch.get_num_threads())
+
 @lru_cache(maxsize=4096)
 def _cheapest(x_shape, weight_shape, pairs, stride, dilation, device, rank, dtype, channels_last, training, threads):
     options = dict(device=device, rank=rank, dtype=dtype, channels_last=channels_last, training=training)
     seconds = estimate_seconds(x_shape, weight_shape, pairs, stride, dilation, **options)
-    candidates = {(method, None): s for method, s in seconds.items()}
+    candidates = {(method, None): t for method, t in seconds.items()}
     if set(stride) == {1}: candidates |= estimate_tiles(x_shape, weight_shape, pairs, dilation, **options)
     return min(candidates, key=candidates.get)
-
-def cheapest(x_shape, weight_shape, pairs, stride, dilation, device='cpu', rank=None, dtype=torch.float32, channels_last=False, training=True):
-    "The method with the smallest estimate and the size of its tiles, `(method, tile)`, None for no tiles; arguments as in `estimate_seconds`."
-    shapes = tuple(map(int, x_shape)), tuple(map(int, weight_shape))      # ints: sizes are symbols under torch.compile, tensors under torch.jit.trace
-    pairs = tuple((int(before), int(after)) for before, after in pairs)
-    return _cheapest(*shapes, pairs, stride, dilation, device, rank, dtype, channels_last, training, torch.get_num_threads())
 
 # %% ../nbs/12_costs.ipynb #595540c2
 def run_seconds(f,             # function without arguments
@@ -198,10 +259,14 @@ def run_seconds(f,             # function without arguments
                ):
     "Median time of a call of `f`, with all of torch's threads, waiting for the GPU where there is one."
     wait = getattr(torch, 'accelerator', torch.cuda).synchronize if accelerator() else (lambda: None)
-    times, start = [], None
-    while start is None or not times or time.perf_counter() - start < min_time:
-        wait(); before = time.perf_counter()
-        f(); wait()
-        if start is not None: times.append(time.perf_counter() - before)
-        else: start = time.perf_counter()                # the first run pays for what is made once
+    def timed():
+        wait()
+        before = time.perf_counter()
+        f()
+        wait()
+        return time.perf_counter() - before
+    timed()                                              # the first run pays for what is made once
+    end = time.perf_counter() + min_time
+    times = [timed()]
+    while time.perf_counter() < end: times.append(timed())
     return statistics.median(times)

@@ -11,12 +11,12 @@ from .kernels import GaborNet, register_kernel_network, sample_gamma
 # %% ../nbs/02_magnet.ipynb #6bf99341
 @register_kernel_network('magnet')
 class MAGNet(GaborNet):
-    "Multiplicative anisotropic Gabor network (Romero, Bruintjes et al., 2022): a Gabor network with one inverse width per axis."
+    "Multiplicative anisotropic Gabor network (Romero, Bruintjes et al., 2022): Gabor, with one inverse width per axis."
     def __init__(self,
                  ndim,                # number of axes of a position
                  out_channels,        # kernel values per position
                  hidden=32,           # width
-                 layers=3,            # number of hidden linear layers; there is one filter more
+                 layers=3,            # L, the number of hidden linear maps; there are L+1 filters and an output map
                  input_scale=25.6,    # scale of the initial frequencies
                  mu_range=1.,         # envelopes start with centres in [-mu_range, mu_range]
                  *, device=None, dtype=None):

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .kernels import in_functorch
+from .core import in_functorch
 
 # %% ../nbs/10_transforms.ipynb #bb6a6473
 def fourier_matrix(length,         # L, number of positions on the circle
@@ -25,7 +25,7 @@ def fourier_matrix(length,         # L, number of positions on the circle
 
 # %% ../nbs/10_transforms.ipynb #9dc92faf
 def half_weights(length):
-    "What the kept half of a real signal's frequencies is scaled by to be an isometry: sqrt(2), or 1 where a frequency is its own mirror image."
+    "Scale of each frequency of a real signal's half spectrum: sqrt(2), or 1 where it is its own mirror image."
     weights = np.full(length//2 + 1, math.sqrt(2))
     weights[0] = 1
     if length % 2 == 0: weights[-1] = 1
@@ -37,14 +37,16 @@ def power_of_two(length):
     return 2.**-round(math.log2(length)/2)
 
 def missing_gain(lengths):
-    "What the transform of a kernel must be multiplied by, for transforms of input and output that are scaled by `power_of_two` of each length."
+    "What a kernel must be multiplied by where `power_of_two` of each length scales the transforms of input and output."
     return math.prod(1/(length*power_of_two(length)**2) for length in lengths)
 
 # %% ../nbs/10_transforms.ipynb #8114d6aa
-def real_rows(matrix, first):
-    "A complex matrix `(n, L, S)` as two real ones, for the real and the imaginary part of the product, `(n, L, S)` for real inputs (the first axis) or `(n, L, 2 S)` for complex ones."
-    if first: return [matrix.real, matrix.imag]
-    return [np.concatenate(part, -1) for part in ((matrix.real, -matrix.imag), (matrix.imag, matrix.real))]
+def real_rows(matrix,     # complex, `(n, L, S)`
+              first):     # True: for real inputs, as on the first axis; False: for complex ones, real part first
+    "The two real matrices that give the real and the imaginary part of the product, `(n, L, S)` or `(n, L, 2 S)`."
+    re, im = matrix.real, matrix.imag
+    if first: return [re, im]
+    return [np.concatenate((re, -im), -1), np.concatenate((im, re), -1)]
 
 def interleave(rows):
     "Rows of two matrices in turn, `(n, 2 L, S)`."
@@ -54,14 +56,14 @@ def interleave(rows):
 class Transform:
     "A Fourier transform of one axis or several, one complex matrix for each, made once for every dtype and device."
     def __init__(self,
-                 matrices,    # for each axis `(n, frequencies, positions)`, n = 1 or one matrix for each frequency of the axis before
+                 matrices,    # for each axis `(n, frequencies, positions)`: n = 1, or one for each frequency so far
                 ):
         self.matrices, self.made = matrices, {}
         self.size = tuple(m.shape[-1] for m in matrices)                  # positions per axis
         self.scale = 1/abs(math.prod(m[0, 0, 0] for m in matrices))       # undoes the scaling of frequency 0
 
     def steps(self, like):
-        "For each axis the real matrices to multiply by, a list of one or, for the last axis, two, on the device and in the dtype of `like`."
+        "The real matrices to multiply by for each axis, one, or two for the last; device and dtype as of `like`."
         key = like.device, like.dtype
         if key in self.made: return self.made[key]
         steps = []
@@ -105,11 +107,12 @@ def _transform(transform, t):
 def _add_product(t, a, b, factor=1):
     "`t + factor * a b` for stacks of matrices, in the memory of `t` where that is possible."
     if in_functorch(): return t + factor*torch.bmm(a, b)
-    return t[0].addmm_(a[0], b[0], alpha=factor)[None] if len(t) == 1 else t.baddbmm_(a, b, alpha=factor)
+    if len(t) == 1: return t[0].addmm_(a[0], b[0], alpha=factor)[None]
+    return t.baddbmm_(a, b, alpha=factor)
 
 # %% ../nbs/10_transforms.ipynb #75ef9c0d
 def _transpose(transform, re, im, constant=None):
-    "Real and imaginary part `(frequencies, M)` to `(*size, M)`, by the transposed matrices: the inverse of a scaled transform, but for `missing_gain`. Plus `constant` `(M,)`."
+    "Real and imaginary part `(frequencies, M)` to `(*size, M)`, by the transposed matrices, plus `constant` `(M,)`."
     steps, M = transform.steps(re), re.shape[-1]
     n = math.prod(rows[0].shape[-2]//2 for rows in steps[:-1])
     a, b = (rows.mT for rows in steps[-1])                                # (1 or n, S or 2 S, L)
@@ -138,7 +141,7 @@ class FourierTransform(torch.autograd.Function):
     def jvp(ctx, t, _): return FourierTransform.apply(t, ctx.transform)
 
 class FourierTranspose(torch.autograd.Function):
-    "Real and imaginary part, two tensors `(frequencies, M)`, to `(*size, M)`, by the transposed matrices of a `Transform`, plus a constant `(M,)` or None."
+    "Real and imaginary part, `(frequencies, M)` each, to `(*size, M)`, plus a constant `(M,)`, by transposed matrices."
     generate_vmap_rule = True
     @staticmethod
     def forward(re, im, constant, transform): return _transpose(transform, re, im, constant)
@@ -147,13 +150,14 @@ class FourierTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, t):
         re, im = FourierTransform.apply(t.contiguous(), ctx.transform)
-        return re, im, re[0]*ctx.transform.scale if ctx.needs_input_grad[2] else None, None
+        constant = re[0]*ctx.transform.scale if ctx.needs_input_grad[2] else None
+        return re, im, constant, None
     @staticmethod
     def jvp(ctx, re, im, constant, _): return FourierTranspose.apply(re, im, constant, ctx.transform)
 
 # %% ../nbs/10_transforms.ipynb #d3bf0eb1
 class ComplexProduct(torch.autograd.Function):
-    "`a b` for complex `a` `(n, P, Q)` and `b` `(n, Q, R)`, or `a` times the conjugate of `b` where `sign` is -1; real and imaginary parts apart."
+    "`a b` for complex `a` `(n, P, Q)` and `b` `(n, Q, R)` in parts; `sign` -1: `a` times the conjugate of `b`."
     generate_vmap_rule = True
     @staticmethod
     def forward(a_re, a_im, b_re, b_im, sign):
@@ -166,7 +170,8 @@ class ComplexProduct(torch.autograd.Function):
         ctx.save_for_backward(*tensors); ctx.save_for_forward(*tensors)
     @staticmethod
     def backward(ctx, g_re, g_im):
-        (a_re, a_im, b_re, b_im), needs, ga, gb = ctx.saved_tensors, ctx.needs_input_grad, (None, None), (None, None)
+        a_re, a_im, b_re, b_im = ctx.saved_tensors
+        needs, ga, gb = ctx.needs_input_grad, (None, None), (None, None)
         if needs[0] or needs[1]: ga = ComplexProduct.apply(g_re, g_im, b_re.mT, b_im.mT, -ctx.sign)
         if needs[2] or needs[3]:
             re, im = ComplexProduct.apply(g_re.mT, g_im.mT, a_re, a_im, -1)

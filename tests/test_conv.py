@@ -1,5 +1,7 @@
 "The convolution engine against torch's, over random shapes, values and options."
 import math
+import threading
+import time
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from flexconv.conv import conv_nd
@@ -201,13 +203,18 @@ def test_everything_of_torch_func(method):
     assert torch.allclose(jvp(ours), jvp(want))
 
 
-@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul', 'auto'])
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.booleans())
 def test_outputs_are_dense_and_keep_the_memory_format(method, p, last):
     x, w, b = (None if t is None else t.detach() for t in tensors(p))
     if last: x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    y = conv_nd(x, w, b, p['stride'], p['padding'], p['groups'], dilation=p['dilation'], method=method)
+    if method == 'lowrank': w = LowRankKernel(w.flatten(2), torch.eye(w[0, 0].numel(), dtype=w.dtype).view(-1, *w.shape[2:]))
+    options = dict(dilation=p['dilation'], method=method)
+    y = conv_nd(x, w, b, p['stride'], p['padding'], p['groups'], **options)
+    single = conv_nd(x[0], w, b, p['stride'], p['padding'], p['groups'], **options)
+    assert single.untyped_storage().nbytes() == single.numel()*single.element_size()
+    if not is_channels_last(y): single.view(-1)
     assert y.untyped_storage().nbytes() == y.numel()*y.element_size()
     assert y.view(len(y), -1).shape[0] == len(y) if not is_channels_last(y) else y.movedim(1, -1).is_contiguous()
     if method == 'matmul': assert is_channels_last(y) == is_channels_last(x) or 1 in y.shape[1:] or 1 in x.shape[1:]
@@ -234,3 +241,115 @@ def test_auto_cuts_large_images_into_tiles_and_computes_the_same():
     x, w = torch.randn(1, 8, 200, 190), torch.randn(8, 8, 33, 33)/30
     assert 'in tiles of' in conv_method(x, w)
     assert_close(conv_nd(x, w), F.conv2d(x, w, padding=16), torch.float32)
+
+
+# -- threads
+
+class Shared(dict):
+    "A dict that lets other threads run after each of its steps."
+    def __contains__(self, key): found = super().__contains__(key); time.sleep(0); return found
+    def get(self, key): found = super().get(key); time.sleep(0); return found
+    def clear(self): super().clear(); time.sleep(0)
+    def __setitem__(self, key, value): super().__setitem__(key, value); time.sleep(0)
+
+
+def in_threads(work, arguments, seconds):
+    "Run `work(argument)` again and again, one thread for each argument; the exceptions that were raised."
+    end, errors = time.perf_counter() + seconds, []
+    def run(argument):
+        try:
+            while time.perf_counter() < end: work(argument)
+        except Exception as e: errors.append(e)
+    threads = [threading.Thread(target=run, args=(a,)) for a in arguments]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return errors
+
+
+def test_threads_that_share_what_is_kept_get_their_own():
+    from flexconv.correlate import remembered
+    kept = Shared()
+    def work(i):
+        value, = remembered(kept, i, 1, lambda: [torch.tensor(i)])
+        assert value.item() == i
+    assert in_threads(work, range(4), 1) == [] and len(kept) == 1
+
+
+@pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul'])
+def test_threads_that_share_a_network_predict_exactly(method):
+    from flexconv.layers import FlexConv2d
+    torch.manual_seed(0)
+    layers = [FlexConv2d(channels, 4, 17, sigma=0.4, conv_method=method) for channels in (3, 4)]
+    net = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]).eval()
+    images = [torch.randn(1, 3, size, size) for size in (16, 20, 24, 32)]
+    with torch.no_grad(): want = [net(x) for x in images]
+    def work(i):
+        with torch.no_grad(): assert torch.equal(net(images[i]), want[i])
+    assert in_threads(work, range(4), 2) == []
+
+
+@pytest.mark.parametrize('size,method', [((70, 66), 'fft'), ((70, 66), 'matmul'), ((90,), 'lowrank'), ((12, 13, 14), 'matmul')])
+@pytest.mark.parametrize('last', [False, True])
+def test_outputs_of_tiles_are_dense_and_keep_the_memory_format(size, method, last):
+    from flexconv.conv import in_tiles
+    x = torch.randn(2, 3, *size)
+    if last: x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    k = LowRankKernel(torch.randn(4, 3, 2), torch.randn(2, *[5]*len(size)))
+    y = in_tiles(method, 8, x, k, None, (1,)*len(size), ((2, 2),)*len(size), 1, (1,)*len(size))
+    assert y.untyped_storage().nbytes() == y.numel()*y.element_size()
+    if last and len(size) == 2: assert is_channels_last(y)
+    else: assert y.view(2, -1).shape == (2, 4*math.prod(size))
+
+
+# -- dtypes
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul', 'auto'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+def test_a_bias_of_another_dtype_is_refused(method, dtype):
+    x, k = torch.randn(1, 2, 9), LowRankKernel(torch.randn(3, 2, 2), torch.randn(2, 5))
+    w, b = k if method == 'lowrank' else k.dense(), torch.ones(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f'bias must have the dtype of x, torch.float32; got {dtype}'): conv_nd(x, w, b, method=method)
+    with pytest.raises(RuntimeError): F.conv1d(x, k.dense(), b)                   # as torch does
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        if dtype == torch.bfloat16: assert conv_nd(x, w, b, method=method).dtype == F.conv1d(x, k.dense(), b).dtype == dtype
+        else:
+            with pytest.raises(TypeError, match='bias must have the dtype of x'): conv_nd(x, w, b, method=method)
+
+
+def test_a_bias_in_float32_is_taken_under_autocast():
+    x, w, b = torch.randn(1, 2, 9), torch.randn(3, 2, 5), torch.randn(3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for method in ('direct', 'fft', 'matmul'):
+            for t in (x, x.bfloat16()):
+                y = conv_nd(t, w, b, method=method)
+                assert y.dtype == torch.bfloat16 and error(y, F.conv1d(x.double(), w.double(), b.double(), padding=2)) < 0.02
+
+
+@pytest.mark.parametrize('arguments', [dict(x=torch.ones(1, 2, 9, dtype=torch.float64)), dict(weight=torch.ones(3, 2, 5, dtype=torch.float16)),
+                                       dict(x=torch.ones(1, 2, 9, dtype=torch.complex64)), dict(x=torch.ones(1, 2, 9, dtype=torch.int64))])
+def test_inputs_and_weights_of_two_dtypes_are_refused(arguments):
+    both = dict(x=torch.ones(1, 2, 9), weight=torch.ones(3, 2, 5)) | arguments
+    with pytest.raises(TypeError, match='x and weight must have one floating-point dtype'): conv_nd(**both)
+    with pytest.raises(RuntimeError): F.conv1d(*both.values())
+
+
+# -- what the page on accuracy says
+
+def test_a_quiet_part_beside_a_loud_one():
+    "By FFT errors are relative to the loudest position, directly to what an output is made of."
+    gen = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 1, 2048, generator=gen), torch.hann_window(65)[None, None]/32
+    x[..., 1024:] *= 1e5
+    want = F.conv1d(x.double(), w.double(), padding=32)
+    gaps = {m: (conv_nd(x, w, method=m) - want).abs() for m in ('direct', 'fft', 'matmul')}
+    loudest, quiet = want.abs().max(), want[..., :900].abs().max()
+    assert gaps['direct'][..., :900].max() < 1e-6*quiet < gaps['fft'][..., :900].max()
+    for gap in gaps.values(): assert gap.max() < 1e-6*loudest
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul', 'auto', 'autotune'])
+def test_an_empty_batch(method):
+    x, mix, basis, b = (torch.randn(*s, requires_grad=True) for s in ((0, 2, 9, 8), (3, 2, 2), (2, 5, 5), (3,)))
+    y = conv_nd(x, LowRankKernel(mix, basis), b, stride=2, method=method)
+    assert y.shape == (0, 3, 5, 4)
+    for t, g in zip((x, mix, basis, b), torch.autograd.grad(y.sum(), (x, mix, basis, b))): assert g.shape == t.shape and not g.any()

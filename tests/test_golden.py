@@ -120,8 +120,10 @@ def test_other_lengths_meet_the_same_kernel(length, golden, close):
 
 # Aliasing -----------------------------------------------------------------------------------------------------------------
 
-def aliasing_layers(g, prefix='sd/'):
-    return with_weights(nn.Sequential(FlexConv2d(3, 4, 33), FlexConv2d(4, 4, 33), FlexConv2d(4, 6, 33)), g.state(prefix))
+def aliasing_layers(g, prefix='sd/', kernel_size=33):
+    "The authors' layers; the Nyquist frequency is that of `kernel_size` positions, for them one more than the resolution."
+    layers = [FlexConv2d(*channels, kernel_size) for channels in ((3, 4), (4, 4), (4, 6))]
+    return with_weights(nn.Sequential(*layers), g.state(prefix))
 
 
 @pytest.mark.parametrize('stddevs', [1, 2])
@@ -138,7 +140,7 @@ def test_highest_frequency(stddevs, golden, close):
 @pytest.mark.parametrize('size', [17, 33, 65])
 def test_aliasing_loss(size, mask, method, stddevs, golden, close):
     g, target = golden('antialiasing'), 'gabor+mask' if mask else 'gabor'
-    model = aliasing_layers(g)
+    model = aliasing_layers(g, kernel_size=size)
     assert nyquist_frequency(size) == g[f'nyquist/{size}'].item()
     loss = aliasing_loss(model, size-1, method=method, include_mask=mask, bound='layer', stddevs=stddevs)
     close(loss, g[f'reg/{size}/{target}/{method}/l2_relu/std{stddevs}'], FLOAT32)
