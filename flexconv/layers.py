@@ -12,6 +12,7 @@ import math
 import warnings
 from functools import lru_cache, partial
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/21_layers.ipynb #271e4f15
@@ -21,7 +22,7 @@ from .kernels import KernelNetwork, create_kernel_network, kernel_networks, posi
 from .magnet import MAGNet       # registers 'magnet'
 from .mask import GaussianMask, cutoff_in_sigmas, gaussian
 from .crop import crop_axis, crop_bounds, crop_mask, crop_size, crop_starts, paper_size, sigma_for_size, spacing
-from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, direct_conv_nd, methods
+from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, methods
 from .conv import padding_modes, padding_pairs
 from .cache import KernelCache, Window, may_reuse
 
@@ -154,8 +155,8 @@ class CausalConv1d(nn.Conv1d):
     "`nn.Conv1d` with all of its padding before the input, so that output t sees inputs up to t."
     def forward(self, x):
         span = self.dilation[0]*(self.kernel_size[0]-1)
-        return direct_conv_nd(x, self.weight, self.bias, self.stride, ((span, 0),), self.groups,
-                              dilation=self.dilation, padding_mode=self.padding_mode)
+        x = F.pad(x, (span, 0), mode='constant' if self.padding_mode == 'zeros' else self.padding_mode)
+        return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 # %% ../nbs/21_layers.ipynb #b25f10ed
 class CKConv(ContinuousKernel):
