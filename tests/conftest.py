@@ -1,6 +1,7 @@
 "Shared helpers of the tests."
 import os
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')      # before torch is imported: workers share the cores
+# before torch is imported: workers share the cores
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 import numpy as np, pytest, torch
 

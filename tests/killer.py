@@ -1,5 +1,6 @@
-"""Kills training runs at 20 moments, resumes them, and compares what comes out with a run that was left alone. Started by test_reliability.py:
-a process of its own, because it forks its runs, to pay for imports once. Prints one line for each moment."""
+"""Kills training runs at 20 moments, resumes them, and compares what comes out with a run that was left alone. Started
+by test_reliability.py: a process of its own, because it forks its runs, to pay for imports once. Prints one line for
+each moment."""
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
@@ -40,7 +41,8 @@ def outcome(folder):
     rows = [[v for k, v in r.items() if k != 'seconds'] for r in cli.read_csv(folder/'metrics.csv')]
     state = torch.load(folder/'checkpoint.pt', weights_only=True)
     assert not list(folder.glob('*.part')), 'left behind'
-    return (folder/'model.safetensors').read_bytes(), rows, state['epoch'], [r['torch'].tolist() for r in state['random']]
+    generators = [r['torch'].tolist() for r in state['random']]
+    return (folder/'model.safetensors').read_bytes(), rows, state['epoch'], generators
 
 
 def main(base):
@@ -48,7 +50,8 @@ def main(base):
     assert finish(start(out=str(base/'whole'), **OPTIONS)) == 0
     seconds = time.perf_counter() - began
     want, rng = outcome(base/'whole'), random.Random(0)
-    moments = [dict(after=rng.uniform(0.05, 1)*seconds) for _ in range(10)] + [dict(kill_at=k) for k in rng.sample(range(48), 10)]
+    moments = [dict(after=rng.uniform(0.05, 1)*seconds) for _ in range(10)]
+    moments += [dict(kill_at=k) for k in rng.sample(range(48), 10)]
     for i, moment in enumerate(moments):
         folder = base/str(i)
         pid = start(out=str(folder), kill_at=moment.get('kill_at'), **OPTIONS)
@@ -60,7 +63,8 @@ def main(base):
         again = dict(resume=str(folder)) if (folder/'config.json').exists() else dict(out=str(folder), **OPTIONS)
         assert finish(start(**again)) == 0, moment
         got = outcome(folder)
-        print(moment, 'killed' if code == -signal.SIGKILL else f'exit code {code}', f'{done} epochs recorded', 'same' if got == want else 'DIFFERENT', flush=True)
+        print(moment, 'killed' if code == -signal.SIGKILL else f'exit code {code}', f'{done} epochs recorded',
+              'same' if got == want else 'DIFFERENT', flush=True)
 
 
 if __name__ == '__main__': main(Path(sys.argv[1]))

@@ -23,16 +23,22 @@ def problems(draw):
     kernel = [draw(st.integers(1, top)) for _ in range(ndim)]
     dilation = tuple(draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in range(ndim))
     padding = tuple(draw(st.integers(0, 6)) for _ in range(ndim))
-    padding = tuple(max(p, math.ceil((d*(k-1) + 1 - s)/2)) for p, d, k, s in zip(padding, dilation, kernel, sizes))      # the kernel fits
-    return dict(batch=draw(st.integers(1, 3)), groups=groups, channels=groups*draw(st.integers(1, 3)), out=groups*draw(st.integers(1, 3)),
-                sizes=sizes, kernel=kernel, stride=tuple(draw(st.integers(1, 3)) for _ in range(ndim)), dilation=dilation, padding=padding,
-                bias=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float64])), seed=draw(st.integers(0, 2**16)))
+    # the kernel fits
+    padding = tuple(max(p, math.ceil((d*(k-1) + 1 - s)/2)) for p, d, k, s in zip(padding, dilation, kernel, sizes))
+    return dict(batch=draw(st.integers(1, 3)), groups=groups, channels=groups*draw(st.integers(1, 3)),
+                out=groups*draw(st.integers(1, 3)),
+                sizes=sizes, kernel=kernel, stride=tuple(draw(st.integers(1, 3)) for _ in range(ndim)),
+                dilation=dilation, padding=padding,
+                bias=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+                seed=draw(st.integers(0, 2**16)))
 
 
 def tensors(p):
     g = torch.Generator().manual_seed(p['seed'])
     new = lambda *shape: torch.randn(*shape, generator=g, dtype=p['dtype']).requires_grad_()
-    return new(p['batch'], p['channels'], *p['sizes']), new(p['out'], p['channels']//p['groups'], *p['kernel']), new(p['out']) if p['bias'] else None
+    x = new(p['batch'], p['channels'], *p['sizes'])
+    weight = new(p['out'], p['channels']//p['groups'], *p['kernel'])
+    return x, weight, new(p['out']) if p['bias'] else None
 
 
 def assert_close(a, b, dtype):
@@ -50,7 +56,8 @@ def test_values_and_gradients(method, p):
     assert_close(ours, theirs, p['dtype'])
     wanted = [a for a in args if a is not None]
     r = torch.randn(theirs.shape, dtype=p['dtype'], generator=torch.Generator().manual_seed(1))
-    for a, b in zip(torch.autograd.grad(ours, wanted, r), torch.autograd.grad(theirs, wanted, r)): assert_close(a, b, p['dtype'])
+    for a, b in zip(torch.autograd.grad(ours, wanted, r), torch.autograd.grad(theirs, wanted, r)):
+        assert_close(a, b, p['dtype'])
 
 
 @pytest.mark.parametrize('method', ['direct', 'fft', 'matmul'])
@@ -71,9 +78,11 @@ def test_padding_modes(mode, ndim, method):
     if mode == 'reflect' and ndim == 3: size = (8, 8, 8)
     else: size = (9, 8, 7)[:ndim]
     kernel = (5, 3, 7)[:ndim]
-    conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[ndim-1](4, 6, kernel, stride=2, padding=tuple(k//2 for k in kernel), groups=2, padding_mode=mode)
+    cls = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[ndim-1]
+    conv = cls(4, 6, kernel, stride=2, padding=tuple(k//2 for k in kernel), groups=2, padding_mode=mode)
     x = torch.randn(2, 4, *size)
-    assert_close(conv_nd(x, conv.weight, conv.bias, 2, groups=2, padding_mode=mode, method=method), conv(x), torch.float32)
+    assert_close(conv_nd(x, conv.weight, conv.bias, 2, groups=2, padding_mode=mode, method=method), conv(x),
+                 torch.float32)
 
 
 @pytest.mark.parametrize('length,taps', [(1, 1), (5, 9), (40, 7), (40, 8), (40, 40), (40, 100)])
@@ -100,16 +109,20 @@ def test_autocast_is_torchs():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         for method in ('direct', 'fft', 'matmul'):
             assert conv_nd(x, w, method=method).dtype == F.conv1d(x, w).dtype == torch.bfloat16
-            assert conv_nd(x.double(), w.double(), method=method).dtype == F.conv1d(x.double(), w.double()).dtype == torch.float64
+            assert F.conv1d(x.double(), w.double()).dtype == torch.float64
+            assert conv_nd(x.double(), w.double(), method=method).dtype == torch.float64
 
 
 def test_numbers_that_are_not_floating_point_are_refused():
     for dtype in (torch.int64, torch.complex64):
-        with pytest.raises(TypeError, match='floating-point'): conv_nd(torch.ones(1, 2, 9, dtype=dtype), torch.ones(3, 2, 5, dtype=dtype))
+        with pytest.raises(TypeError, match='floating-point'):
+            conv_nd(torch.ones(1, 2, 9, dtype=dtype), torch.ones(3, 2, 5, dtype=dtype))
 
 
 def test_gradcheck():
-    for shape, kernel, kw in [((2, 2, 7), (3, 2, 4), {}), ((1, 4, 5, 6), (2, 2, 3, 5), dict(groups=2, stride=(1, 2))), ((1, 2, 4, 3, 4), (2, 2, 3, 3, 1), dict(padding=1))]:
+    for shape, kernel, kw in [((2, 2, 7), (3, 2, 4), {}),
+                              ((1, 4, 5, 6), (2, 2, 3, 5), dict(groups=2, stride=(1, 2))),
+                              ((1, 2, 4, 3, 4), (2, 2, 3, 3, 1), dict(padding=1))]:
         args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, kernel)]
         for method in 'fft', 'matmul':
             f = lambda x, w: conv_nd(x, w, method=method, **kw)
@@ -139,7 +152,8 @@ def test_auto_takes_each_way_where_it_is_far_faster():
     pairs = lambda n: ((n//2, n//2),)*2
     small, large = (estimate_seconds((8, 48, 32, 32), (48, 48, n, n), pairs(n)) for n in (3, 33))
     assert small['direct'] < small['fft'] and large['fft'] < large['direct']
-    half = estimate_seconds((64, 48, 32, 32), (48, 48, 17, 17), pairs(17), rank=33, dtype=torch.bfloat16, channels_last=True)
+    half = estimate_seconds((64, 48, 32, 32), (48, 48, 17, 17), pairs(17), rank=33, dtype=torch.bfloat16,
+                            channels_last=True)
     assert min(half, key=half.get) == 'matmul'
     long = estimate_seconds((1, 16, 2**18), (16, 16, 2**18), ((2**18 - 1, 0),), rank=33)
     assert min(long, key=long.get) in ('fft', 'lowrank')
@@ -171,9 +185,12 @@ def test_half_precision_errs_little_more_than_torch(dtype, kind, n):
         y = f(*args)
         return y, *torch.autograd.grad(y, args, g.to(dtype))
     direct = lambda x, w: F.conv2d(x, w, padding=n//2)
-    want, torchs, ours = run(direct, torch.float64), run(direct, dtype), run(lambda x, w: conv_nd(x, w, method='matmul'), dtype)
+    want = run(direct, torch.float64)
+    torchs = run(direct, dtype)
+    ours = run(lambda x, w: conv_nd(x, w, method='matmul'), dtype)
     for exact, theirs, mine, name in zip(want, torchs, ours, ('values', 'gradient of x', 'gradient of w')):
-        assert mine.dtype == dtype and error(mine, exact) <= 2.5*error(theirs, exact), (name, error(mine, exact), error(theirs, exact))
+        assert mine.dtype == dtype, name
+        assert error(mine, exact) <= 2.5*error(theirs, exact), (name, error(mine, exact), error(theirs, exact))
 
 
 def test_float16_does_not_overflow():
@@ -186,8 +203,10 @@ def test_float16_does_not_overflow():
 def test_everything_of_torch_func(method):
     "grad, vmap, jacobians and forward mode agree with the direct method."
     gen = torch.Generator().manual_seed(0)
-    x, mix, basis, b = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((2, 4, 7, 6), (6, 2, 3), (3, 5, 3), (6,)))
-    def f(method): return lambda x, mix, basis, b: conv_nd(x, LowRankKernel(mix, basis), b, (2, 1), groups=2, method=method)
+    x, mix, basis, b = (torch.randn(*s, generator=gen, dtype=torch.float64)
+                        for s in ((2, 4, 7, 6), (6, 2, 3), (3, 5, 3), (6,)))
+    def f(method):
+        return lambda x, mix, basis, b: conv_nd(x, LowRankKernel(mix, basis), b, (2, 1), groups=2, method=method)
     ours, want = f(method), f('direct')
     loss = lambda f: lambda *args: f(*args).square().sum()
     args = x, mix, basis, b
@@ -195,7 +214,8 @@ def test_everything_of_torch_func(method):
         assert torch.allclose(torch.func.grad(loss(ours), i)(*args), torch.func.grad(loss(want), i)(*args))
         assert torch.allclose(torch.func.jacfwd(ours, i)(*args), torch.func.jacrev(want, i)(*args))
     many = torch.randn(3, *x.shape, generator=gen, dtype=torch.float64)
-    assert torch.allclose(torch.func.vmap(ours, (0, None, None, None))(many, *args[1:]), torch.stack([want(m, *args[1:]) for m in many]))
+    assert torch.allclose(torch.func.vmap(ours, (0, None, None, None))(many, *args[1:]),
+                          torch.stack([want(m, *args[1:]) for m in many]))
     per_sample = lambda f: torch.func.vmap(torch.func.grad(loss(f), 1), (0, None, None, None))(many, *args[1:])
     assert torch.allclose(per_sample(ours), per_sample(want))
     tangent = torch.randn(*basis.shape, generator=gen, dtype=torch.float64)
@@ -209,7 +229,8 @@ def test_everything_of_torch_func(method):
 def test_outputs_are_dense_and_keep_the_memory_format(method, p, last):
     x, w, b = (None if t is None else t.detach() for t in tensors(p))
     if last: x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if method == 'lowrank': w = LowRankKernel(w.flatten(2), torch.eye(w[0, 0].numel(), dtype=w.dtype).view(-1, *w.shape[2:]))
+    if method == 'lowrank':
+        w = LowRankKernel(w.flatten(2), torch.eye(w[0, 0].numel(), dtype=w.dtype).view(-1, *w.shape[2:]))
     options = dict(dilation=p['dilation'], method=method)
     y = conv_nd(x, w, b, p['stride'], p['padding'], p['groups'], **options)
     single = conv_nd(x[0], w, b, p['stride'], p['padding'], p['groups'], **options)
@@ -221,7 +242,9 @@ def test_outputs_are_dense_and_keep_the_memory_format(method, p, last):
 
 
 @pytest.mark.parametrize('method', ['fft', 'lowrank', 'matmul'])
-@pytest.mark.parametrize('shape,size,dilation', [((2, 4, 23, 17), (5, 3), (1, 2)), ((1, 4, 99), (9,), (3,)), ((1, 2, 9, 8, 7), (3, 1, 5), (1, 1, 1))])
+@pytest.mark.parametrize('shape,size,dilation', [((2, 4, 23, 17), (5, 3), (1, 2)),
+                                                 ((1, 4, 99), (9,), (3,)),
+                                                 ((1, 2, 9, 8, 7), (3, 1, 5), (1, 1, 1))])
 def test_tiles_change_nothing(method, shape, size, dilation):
     "Values and gradients of a convolution tile by tile, in float64, are those of the direct one."
     from flexconv.conv import in_tiles, padding_pairs
@@ -233,7 +256,8 @@ def test_tiles_change_nothing(method, shape, size, dilation):
     want = CONVS[ndim](x, LowRankKernel(mix, basis).dense(), b, padding='same', dilation=dilation, groups=2)
     assert_close(ours, want, torch.float64)
     r = torch.randn(want.shape, generator=gen, dtype=torch.float64)
-    for a, c in zip(torch.autograd.grad(ours, (x, mix, basis, b), r), torch.autograd.grad(want, (x, mix, basis, b), r)): assert_close(a, c, torch.float64)
+    for a, c in zip(torch.autograd.grad(ours, (x, mix, basis, b), r), torch.autograd.grad(want, (x, mix, basis, b), r)):
+        assert_close(a, c, torch.float64)
 
 
 def test_auto_cuts_large_images_into_tiles_and_computes_the_same():
@@ -288,7 +312,10 @@ def test_threads_that_share_a_network_predict_exactly(method):
     assert in_threads(work, range(4), 2) == []
 
 
-@pytest.mark.parametrize('size,method', [((70, 66), 'fft'), ((70, 66), 'matmul'), ((90,), 'lowrank'), ((12, 13, 14), 'matmul')])
+@pytest.mark.parametrize('size,method', [((70, 66), 'fft'),
+                                         ((70, 66), 'matmul'),
+                                         ((90,), 'lowrank'),
+                                         ((12, 13, 14), 'matmul')])
 @pytest.mark.parametrize('last', [False, True])
 def test_outputs_of_tiles_are_dense_and_keep_the_memory_format(size, method, last):
     from flexconv.conv import in_tiles
@@ -308,10 +335,12 @@ def test_outputs_of_tiles_are_dense_and_keep_the_memory_format(size, method, las
 def test_a_bias_of_another_dtype_is_refused(method, dtype):
     x, k = torch.randn(1, 2, 9), LowRankKernel(torch.randn(3, 2, 2), torch.randn(2, 5))
     w, b = k if method == 'lowrank' else k.dense(), torch.ones(3, dtype=dtype)
-    with pytest.raises(TypeError, match=f'bias must have the dtype of x, torch.float32; got {dtype}'): conv_nd(x, w, b, method=method)
+    with pytest.raises(TypeError, match=f'bias must have the dtype of x, torch.float32; got {dtype}'):
+        conv_nd(x, w, b, method=method)
     with pytest.raises(RuntimeError): F.conv1d(x, k.dense(), b)                   # as torch does
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        if dtype == torch.bfloat16: assert conv_nd(x, w, b, method=method).dtype == F.conv1d(x, k.dense(), b).dtype == dtype
+        if dtype == torch.bfloat16:
+            assert conv_nd(x, w, b, method=method).dtype == F.conv1d(x, k.dense(), b).dtype == dtype
         else:
             with pytest.raises(TypeError, match='bias must have the dtype of x'): conv_nd(x, w, b, method=method)
 
@@ -322,11 +351,14 @@ def test_a_bias_in_float32_is_taken_under_autocast():
         for method in ('direct', 'fft', 'matmul'):
             for t in (x, x.bfloat16()):
                 y = conv_nd(t, w, b, method=method)
-                assert y.dtype == torch.bfloat16 and error(y, F.conv1d(x.double(), w.double(), b.double(), padding=2)) < 0.02
+                assert y.dtype == torch.bfloat16
+                assert error(y, F.conv1d(x.double(), w.double(), b.double(), padding=2)) < 0.02
 
 
-@pytest.mark.parametrize('arguments', [dict(x=torch.ones(1, 2, 9, dtype=torch.float64)), dict(weight=torch.ones(3, 2, 5, dtype=torch.float16)),
-                                       dict(x=torch.ones(1, 2, 9, dtype=torch.complex64)), dict(x=torch.ones(1, 2, 9, dtype=torch.int64))])
+@pytest.mark.parametrize('arguments', [dict(x=torch.ones(1, 2, 9, dtype=torch.float64)),
+                                       dict(weight=torch.ones(3, 2, 5, dtype=torch.float16)),
+                                       dict(x=torch.ones(1, 2, 9, dtype=torch.complex64)),
+                                       dict(x=torch.ones(1, 2, 9, dtype=torch.int64))])
 def test_inputs_and_weights_of_two_dtypes_are_refused(arguments):
     both = dict(x=torch.ones(1, 2, 9), weight=torch.ones(3, 2, 5)) | arguments
     with pytest.raises(TypeError, match='x and weight must have one floating-point dtype'): conv_nd(**both)
@@ -352,4 +384,5 @@ def test_an_empty_batch(method):
     x, mix, basis, b = (torch.randn(*s, requires_grad=True) for s in ((0, 2, 9, 8), (3, 2, 2), (2, 5, 5), (3,)))
     y = conv_nd(x, LowRankKernel(mix, basis), b, stride=2, method=method)
     assert y.shape == (0, 3, 5, 4)
-    for t, g in zip((x, mix, basis, b), torch.autograd.grad(y.sum(), (x, mix, basis, b))): assert g.shape == t.shape and not g.any()
+    for t, g in zip((x, mix, basis, b), torch.autograd.grad(y.sum(), (x, mix, basis, b))):
+        assert g.shape == t.shape and not g.any()

@@ -7,7 +7,9 @@ from flexconv.export import bake, convert, export_onnx, export_program
 from flexconv.layers import CKConv
 
 
-def convnext(): return models.convnext.ConvNeXt([models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 1)], num_classes=4)
+def convnext():
+    return models.convnext.ConvNeXt([models.convnext.CNBlockConfig(16, 32, 1),
+                                     models.convnext.CNBlockConfig(32, None, 1)], num_classes=4)
 def resnet(): return models.resnet18(num_classes=4)
 def inception(): return models.googlenet(num_classes=4, aux_logits=False, init_weights=False)
 def mobile(): return models.mobilenet_v3_small(num_classes=4)
@@ -20,10 +22,12 @@ def test_converted_network_trains_bakes_and_exports(name, tmp_path):
     torch.manual_seed(0)
     original = networks[name]()
     net = convert(original, kernel_size=9)
-    spatial = [m for m in original.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 and m.kernel_size[0] % 2]
+    spatial = [m for m in original.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1
+               and m.kernel_size[0] % 2]
     layers = [m for m in net.modules() if isinstance(m, FlexConv2d)]
     assert len(layers) == len(spatial) > 0
-    for a, b in zip(spatial, layers): assert (a.kernel_size, a.stride, a.groups, a.bias is None) == (b.size, b.stride, b.groups, b.bias is None)
+    for a, b in zip(spatial, layers):
+        assert (a.kernel_size, a.stride, a.groups, a.bias is None) == (b.size, b.stride, b.groups, b.bias is None)
     x, y = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
     opt, losses = torch.optim.Adam(net.parameters(), 1e-3), []
     for _ in range(6):
@@ -51,7 +55,8 @@ def test_converted_network_as_onnx(tmp_path):
 def test_fan_in_keeps_the_scale():
     "Unit variance in, unit variance out, whatever was replaced."
     torch.manual_seed(0)
-    for conv in (nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 64, 7, padding=3, groups=64), nn.Conv2d(3, 64, 7, 2, 3)):
+    for conv in (nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 64, 7, padding=3, groups=64),
+                 nn.Conv2d(3, 64, 7, 2, 3)):
         assert 0.6 < convert(conv)(torch.randn(8, conv.in_channels, 32, 32)).std() < 1.4, conv
 
 

@@ -20,7 +20,7 @@ def with_weights(module, state):
     return module
 
 
-# Kernel networks ----------------------------------------------------------------------------------------------------------
+# Kernel networks ------------------------------------------------------------------------------------------------------
 
 NETWORKS = dict(magnet2d=lambda: MAGNet(2, 12), gabornet2d=lambda: GaborNet(2, 12), siren2d=lambda: SIREN(2, 12),
                 siren1d_wn=lambda: SIREN(1, 12, weight_norm=True))
@@ -34,12 +34,13 @@ def test_kernel_network(name, golden, close):
         points, want = g[f'pos{size}'][0], g[f'out{size}'][0]
         close(net(points), want, FLOAT32, f'out{size}')
         for l, f in enumerate(getattr(net, 'filters', [])):
-            close(f(points.flatten(1)).view(g[f'filter{l}_{size}'][0].shape), g[f'filter{l}_{size}'][0], FLOAT32, f'filter{l}_{size}')
+            close(f(points.flatten(1)).view(g[f'filter{l}_{size}'][0].shape), g[f'filter{l}_{size}'][0], FLOAT32,
+                  f'filter{l}_{size}')
         close(net.double()(points.double()), g[f'out{size}_f64'][0], FLOAT64, f'out{size}_f64')
         net.float()
 
 
-# Masks --------------------------------------------------------------------------------------------------------------------
+# Masks ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('ndim,case', [(2, 'a'), (2, 'init'), (2, 'wide'), (1, 'init'), (1, 'wide'), (1, 'mid')])
 def test_mask(ndim, case, golden, close):
@@ -49,11 +50,12 @@ def test_mask(ndim, case, golden, close):
     points = g['pos33' if ndim == 2 else 'pos33_1d'][0]
     close(mask(points), want.view(points.shape[1:]), FLOAT32, case)
     reach = cutoff_in_sigmas(0.1)
-    if ndim == 2: close(params[:, 0].abs() + reach*params[:, 1].abs(), g[f'mask2d_absroots_{case}'].flatten(), FLOAT32, 'roots')
+    if ndim == 2:
+        close(params[:, 0].abs() + reach*params[:, 1].abs(), g[f'mask2d_absroots_{case}'].flatten(), FLOAT32, 'roots')
     else: close(params[:, 0] - reach*params[:, 1].abs(), g[f'mask1d_minroot_{case}'].flatten(), FLOAT32, 'root')
 
 
-# Layers -------------------------------------------------------------------------------------------------------------------
+# Layers ---------------------------------------------------------------------------------------------------------------
 
 def check_case(layer, g, case, tolerance, close):
     "Output, kernel and all gradients of one case, by both engines."
@@ -73,7 +75,8 @@ def check_case(layer, g, case, tolerance, close):
         for name, want in wanted.items(): close(ours[name].grad, want, tolerance, f'{case}/grad/{name} by {method}')
 
 
-CASES2D = {'init0.075': 5, 's0.25': 17, 's0.4': 27, 's0.6': 33, 's1.2': 33, 'uneq': (17, 25), 'uneq_swapped': (25, 17), 'onlyrow_cropped': (7, 33), 'uneq_nocrop': 33}
+CASES2D = {'init0.075': 5, 's0.25': 17, 's0.4': 27, 's0.6': 33, 's1.2': 33, 'uneq': (17, 25), 'uneq_swapped': (25, 17),
+           'onlyrow_cropped': (7, 33), 'uneq_nocrop': 33}
 
 
 @pytest.mark.parametrize('case', CASES2D)
@@ -118,10 +121,11 @@ def test_other_lengths_meet_the_same_kernel(length, golden, close):
     close(layer(g[f'len{length}/x']), g[f'len{length}/out'], FLOAT32)
 
 
-# Aliasing -----------------------------------------------------------------------------------------------------------------
+# Aliasing -------------------------------------------------------------------------------------------------------------
 
 def aliasing_layers(g, prefix='sd/', kernel_size=33):
-    "The authors' layers; the Nyquist frequency is that of `kernel_size` positions, for them one more than the resolution."
+    """The authors' layers; the Nyquist frequency is that of `kernel_size` positions, for them one more than the
+    resolution."""
     layers = [FlexConv2d(*channels, kernel_size) for channels in ((3, 4), (4, 4), (4, 6))]
     return with_weights(nn.Sequential(*layers), g.state(prefix))
 
@@ -149,7 +153,8 @@ def test_aliasing_loss(size, mask, method, stddevs, golden, close):
     for name, want in g.state(f'grad/{size}/{target}/{method}/').items():
         layer, name = int(name[5]), name[7:]
         p = model[layer].mask if name.startswith('mask') else model[layer].kernel_network
-        if name == 'mask_params': ours = torch.stack([p.mean.grad if p.mean.grad is not None else torch.zeros(2), p.sigma.grad], 1)
+        if name == 'mask_params':
+            ours = torch.stack([p.mean.grad if p.mean.grad is not None else torch.zeros(2), p.sigma.grad], 1)
         else: ours = p.get_parameter(name.replace('f', 'filters.', 1)).grad
         close(ours, want.view(ours.shape), FLOAT32, name)
 
@@ -161,12 +166,14 @@ def test_aliasing_loss_of_slow_kernels_is_zero(golden):
         assert loss.item() == g[f'small/reg/33/gabor/{method}/l2_relu/std2'].item() == 0
 
 
-# A whole network ----------------------------------------------------------------------------------------------------------
+# A whole network ------------------------------------------------------------------------------------------------------
 
 def official_flexnet3(g):
     "The authors' FlexNet-3 in our names, and the function that renames."
     def rename(name):
-        for old, new in (('blocks', 'BLOCKS'), ('cconv', 'conv'), ('out_layer', 'head'), ('shortcut.0', 'shortcut'), ('BLOCKS', 'blocks')): name = name.replace(old, new)
+        for old, new in (('blocks', 'BLOCKS'), ('cconv', 'conv'), ('out_layer', 'head'), ('shortcut.0', 'shortcut'),
+                         ('BLOCKS', 'blocks')):
+            name = name.replace(old, new)
         return name.replace('conv1', 'stem', 1).replace('norm1', 'norm', 1) if not name.startswith('blocks') else name
     state = {rename(k): v for k, v in from_official(g.state()).items()}
     net = create_model('flexnet3', dropout=0)
@@ -182,7 +189,8 @@ def mask_params(layer): return torch.stack([layer.mask.mean, layer.mask.sigma], 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_flexnet3(golden, close, dtype):
-    "Logits, gradients and five steps of Adam. Rounding grows from step to step, so later numbers get more room, and the last are those of a run in float64, from which theirs are as far as rounding takes them."
+    """Logits, gradients and five steps of Adam. Rounding grows from step to step, so later numbers get more room, and
+    the last are those of a run in float64, from which theirs are as far as rounding takes them."""
     g = golden('network_flexnet3')
     net, rename = official_flexnet3(g)
     x, y = g['x'].to(dtype), g['y'].long()
@@ -203,7 +211,8 @@ def test_flexnet3(golden, close, dtype):
         opt.step()
         ours = torch.stack([mask_params(m) for m in layers])
         assert (ours - g['mask_params_after_step'][step]).abs().max() < 3e-4*(step+1)
-    with torch.no_grad(): close(net.eval()(x), g['logits_eval_final'], 0.05 if dtype == torch.float64 else 0.08, 'logits after training')
+    with torch.no_grad():
+        close(net.eval()(x), g['logits_eval_final'], 0.05 if dtype == torch.float64 else 0.08, 'logits after training')
 
 
 def check_first_gradients(net, layers, g, rename, close):
@@ -212,7 +221,8 @@ def check_first_gradients(net, layers, g, rename, close):
     for name in names:
         mask = net.get_submodule(rename(name)).mask
         close(torch.stack([mask.mean.grad, mask.sigma.grad], 1), g[f'grad/{name}.mask_params'], 1e-4, name)
-    norms = {rename(k).replace('Kernel', 'kernel_network'): v for k, v in g.state('gradnorm/').items() if 'mask_params' not in k}
+    norms = {rename(k).replace('Kernel', 'kernel_network'): v for k, v in g.state('gradnorm/').items()
+             if 'mask_params' not in k}
     largest = max(norms.values())
     ours = dict(net.named_parameters())
     for name, want in norms.items():

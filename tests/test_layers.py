@@ -15,12 +15,25 @@ INPUTS = {1: (2, 4, 19), 2: (2, 4, 11, 12), 3: (2, 4, 7, 6, 8)}
 LAYERS = {1: (CKConv1d, FlexConv1d), 2: (CKConv2d, FlexConv2d), 3: (CKConv3d, FlexConv3d)}
 
 
-def make(cls, *args, **kwargs): return cls(*args, **(dict(sigma=0.35) | kwargs if 'FlexConv' in cls.__name__ else kwargs))
+def make(cls, *args, **kwargs):
+    return cls(*args, **(dict(sigma=0.35) | kwargs if 'FlexConv' in cls.__name__ else kwargs))
 
 
-@pytest.mark.parametrize('options', [{}, dict(stride=2), dict(padding='valid'), dict(padding=1), dict(dilation=2), dict(groups=2), dict(groups=4), dict(bias=False),
-                                     dict(padding_mode='circular'), dict(padding_mode='reflect'), dict(padding_mode='replicate'), dict(init='fan_in'),
-                                     dict(conv_method='fft'), dict(conv_method='direct'), dict(stride=3, padding=2, groups=2, bias=False)], ids=str)
+@pytest.mark.parametrize('options', [{},
+                                     dict(stride=2),
+                                     dict(padding='valid'),
+                                     dict(padding=1),
+                                     dict(dilation=2),
+                                     dict(groups=2),
+                                     dict(groups=4),
+                                     dict(bias=False),
+                                     dict(padding_mode='circular'),
+                                     dict(padding_mode='reflect'),
+                                     dict(padding_mode='replicate'),
+                                     dict(init='fan_in'),
+                                     dict(conv_method='fft'),
+                                     dict(conv_method='direct'),
+                                     dict(stride=3, padding=2, groups=2, bias=False)], ids=str)
 @pytest.mark.parametrize('flex', [False, True], ids=['ckconv', 'flexconv'])
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_contract(ndim, flex, options):
@@ -29,11 +42,20 @@ def test_contract(ndim, flex, options):
     check_layer(make(LAYERS[ndim][flex], 4, 8, size, **options), torch.randn(INPUTS[ndim]))
 
 
-@pytest.mark.parametrize('options', [dict(padding='valid'), dict(padding=0), dict(padding=1), dict(padding=3), dict(padding=(1, 5)), dict(padding='same'), dict(padding=2, dilation=2),
-                                     dict(padding='valid', stride=2), dict(padding=4, padding_mode='circular'), dict(padding=4, padding_mode='reflect')], ids=str)
+@pytest.mark.parametrize('options', [dict(padding='valid'),
+                                     dict(padding=0),
+                                     dict(padding=1),
+                                     dict(padding=3),
+                                     dict(padding=(1, 5)),
+                                     dict(padding='same'),
+                                     dict(padding=2, dilation=2),
+                                     dict(padding='valid', stride=2),
+                                     dict(padding=4, padding_mode='circular'),
+                                     dict(padding=4, padding_mode='reflect')], ids=str)
 @pytest.mark.parametrize('sigma', [(0.1, 0.2), (0.3, 0.5), (5., 5.)])
 def test_padding_is_that_of_the_whole_frame(sigma, options):
-    "Against torch with the kernel on its whole frame, zeros where it was cropped: independent of how the layer crops its padding."
+    """Against torch with the kernel on its whole frame, zeros where it was cropped: independent of how the layer crops
+    its padding."""
     torch.manual_seed(0)
     layer, x = FlexConv2d(3, 4, (9, 7), sigma=sigma, **options), torch.randn(2, 3, 20, 17)
     padding = options['padding']
@@ -46,7 +68,12 @@ def test_padding_is_that_of_the_whole_frame(sigma, options):
 
 
 @pytest.mark.parametrize('taps', [1, 2, 8, 19, 50])
-@pytest.mark.parametrize('options', [{}, dict(stride=2), dict(dilation=2), dict(groups=2), dict(bias=False), dict(conv_method='fft')], ids=str)
+@pytest.mark.parametrize('options', [{},
+                                     dict(stride=2),
+                                     dict(dilation=2),
+                                     dict(groups=2),
+                                     dict(bias=False),
+                                     dict(conv_method='fft')], ids=str)
 def test_contract_causal(taps, options):
     torch.manual_seed(0)
     layer = FlexConv1d(4, 8, taps, causal=True, sigma=0.5 if taps > 2 else 2., **options)
@@ -89,10 +116,12 @@ def test_half_precision(dtype):
         for name, p in layer.named_parameters(): assert p.grad.isfinite().all(), name
 
 
-# Masks that went astray -----------------------------------------------------------------------------------------------------
+# Masks that went astray -----------------------------------------------------------------------------------------------
 
-ASTRAY = {'sigma 0': (0., 0.), 'sigma negative': (-0.2, 0.), 'sigma tiny': (1e-30, 0.), 'sigma huge': (1e30, 0.), 'sigma inf': (math.inf, 0.),
-          'mean outside': (0.1, 3.), 'mean far outside': (0.1, -1e6), 'mean between positions': (1e-4, 0.11), 'both': (0., 1e9)}
+ASTRAY = {'sigma 0': (0., 0.), 'sigma negative': (-0.2, 0.), 'sigma tiny': (1e-30, 0.), 'sigma huge': (1e30, 0.),
+          'sigma inf': (math.inf, 0.),
+          'mean outside': (0.1, 3.), 'mean far outside': (0.1, -1e6), 'mean between positions': (1e-4, 0.11),
+          'both': (0., 1e9)}
 
 
 @pytest.mark.parametrize('case', ASTRAY)
@@ -149,20 +178,42 @@ def test_crop_keeps_what_the_mask_keeps(half, sigma, mean, threshold, causal):
     if n > 1 and not (causal and mean < -1): assert values[start:stop].max() >= threshold*(1 - 1e-4)
 
 
-# Wrong arguments ------------------------------------------------------------------------------------------------------------
+# Wrong arguments ------------------------------------------------------------------------------------------------------
 
-WRONG = [(dict(in_channels=0), 'in_channels'), (dict(in_channels=2.5), 'in_channels'), (dict(out_channels=-1), 'out_channels'), (dict(kernel_size=4), 'kernel_size'),
-         (dict(kernel_size=0), 'kernel_size'), (dict(kernel_size=(3, 3, 3)), 'kernel_size'), (dict(kernel_size='5'), 'kernel_size'), (dict(stride=0), 'stride'),
-         (dict(stride=(1, 2, 3)), 'stride'), (dict(padding=-1), 'padding'), (dict(padding='sam'), 'padding'), (dict(dilation=0), 'dilation'), (dict(groups=3), 'groups'),
-         (dict(groups=0), 'groups'), (dict(padding_mode='zero'), 'padding_mode'), (dict(kernel='magent'), 'kernel'), (dict(sigma=math.nan), 'sigma'),
-         (dict(sigma=(0.1,)), 'sigma'), (dict(sigma='wide'), 'sigma'), (dict(threshold=0), 'threshold'), (dict(threshold=1.), 'threshold'), (dict(causal=True), 'causal'),
-         (dict(conv_method='fourier'), 'conv_method'), (dict(init='kaiming'), 'init'), (dict(kernel_options=dict(hidden=0)), 'hidden'), (dict(kernel_options='hidden'), 'kernel_options'), (dict(kernel_options=dict(device='cpu')), 'kernel_options'),
+WRONG = [(dict(in_channels=0), 'in_channels'),
+         (dict(in_channels=2.5), 'in_channels'),
+         (dict(out_channels=-1), 'out_channels'),
+         (dict(kernel_size=4), 'kernel_size'),
+         (dict(kernel_size=0), 'kernel_size'),
+         (dict(kernel_size=(3, 3, 3)), 'kernel_size'),
+         (dict(kernel_size='5'), 'kernel_size'),
+         (dict(stride=0), 'stride'),
+         (dict(stride=(1, 2, 3)), 'stride'),
+         (dict(padding=-1), 'padding'),
+         (dict(padding='sam'), 'padding'),
+         (dict(dilation=0), 'dilation'),
+         (dict(groups=3), 'groups'),
+         (dict(groups=0), 'groups'),
+         (dict(padding_mode='zero'), 'padding_mode'),
+         (dict(kernel='magent'), 'kernel'),
+         (dict(sigma=math.nan), 'sigma'),
+         (dict(sigma=(0.1,)), 'sigma'),
+         (dict(sigma='wide'), 'sigma'),
+         (dict(threshold=0), 'threshold'),
+         (dict(threshold=1.), 'threshold'),
+         (dict(causal=True), 'causal'),
+         (dict(conv_method='fourier'), 'conv_method'),
+         (dict(init='kaiming'), 'init'),
+         (dict(kernel_options=dict(hidden=0)), 'hidden'),
+         (dict(kernel_options='hidden'), 'kernel_options'),
+         (dict(kernel_options=dict(device='cpu')), 'kernel_options'),
          (dict(kernel_options=dict(input_scale=0)), 'input_scale')]
 
 
 @pytest.mark.parametrize('wrong,name', WRONG, ids=lambda v: str(v))
 def test_wrong_arguments_are_named(wrong, name):
-    with pytest.raises(ValueError, match=name): FlexConv2d(**(dict(in_channels=2, out_channels=4, kernel_size=5, sigma=0.4) | wrong))
+    with pytest.raises(ValueError, match=name):
+        FlexConv2d(**(dict(in_channels=2, out_channels=4, kernel_size=5, sigma=0.4) | wrong))
 
 
 def test_kernel_option_of_another_network():
@@ -180,7 +231,8 @@ def test_a_start_at_one_pixel_is_said():
 def test_padding_beyond_the_input_fails_at_once(mode):
     "Not when the kernel has grown, but at the first call."
     for sigma in (0.1, 2.):
-        with pytest.raises(ValueError, match='padding_mode'): FlexConv2d(2, 2, 33, padding_mode=mode, sigma=sigma)(torch.randn(1, 2, 12, 12))
+        with pytest.raises(ValueError, match='padding_mode'):
+            FlexConv2d(2, 2, 33, padding_mode=mode, sigma=sigma)(torch.randn(1, 2, 12, 12))
     FlexConv2d(2, 2, 33, padding_mode=mode)(torch.randn(1, 2, 17, 17))
 
 
@@ -188,7 +240,8 @@ def test_kernel_networks_need_not_know_of_devices():
     from flexconv.magnet import MAGNet
     layer = FlexConv2d(2, 4, 9, sigma=0.4, kernel=lambda ndim, out: MAGNet(ndim, out), dtype=torch.float64)
     assert layer(torch.randn(1, 2, 9, 9, dtype=torch.float64)).dtype == torch.float64
-    with pytest.raises(ValueError, match='kernel must give 8 values'): FlexConv2d(2, 4, 9, sigma=0.4, kernel=lambda ndim, out: MAGNet(ndim, out+1)).kernel()
+    with pytest.raises(ValueError, match='kernel must give 8 values'):
+        FlexConv2d(2, 4, 9, sigma=0.4, kernel=lambda ndim, out: MAGNet(ndim, out+1)).kernel()
 
 
 def test_input_is_checked():
@@ -201,19 +254,24 @@ def test_input_is_checked():
 def test_custom_kernel_network_without_output_linear():
     "A callable that makes any module of the right shapes will do; only init='fan_in' needs an output_linear."
     class Constant(nn.Module):
-        def __init__(self, ndim, out_channels, *, device=None, dtype=None): super().__init__(); self.value = nn.Parameter(torch.ones(out_channels))
-        def forward(self, positions): return self.value.view(-1, *[1]*(positions.ndim-1)).expand(-1, *positions.shape[1:])
+        def __init__(self, ndim, out_channels, *, device=None, dtype=None):
+            super().__init__()
+            self.value = nn.Parameter(torch.ones(out_channels))
+        def forward(self, positions):
+            return self.value.view(-1, *[1]*(positions.ndim-1)).expand(-1, *positions.shape[1:])
     layer = FlexConv2d(4, 6, 9, sigma=0.5, kernel=Constant)
     m = layer.mask(layer.positions())
     torch.testing.assert_close(layer.kernel(), m.expand(6, 4, -1, -1))
-    with pytest.raises(ValueError, match='output_linear'): FlexConv2d(4, 6, 9, sigma=0.5, kernel=Constant, init='fan_in')
+    with pytest.raises(ValueError, match='output_linear'):
+        FlexConv2d(4, 6, 9, sigma=0.5, kernel=Constant, init='fan_in')
 
 
 # -- how many operations a layer takes
 
 class Operations(TorchDispatchMode):
     "Counts the operations that compute; views, and tensors that are only allocated, are free."
-    free = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'unsqueeze', 'squeeze', 'slice', 'select', 'detach', 'alias',
+    free = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'unsqueeze', 'squeeze', 'slice', 'select',
+            'detach', 'alias',
             'unbind', 'as_strided', 'empty', 'new_empty', 'new_empty_strided', 'empty_strided'}
     def __init__(self):
         super().__init__()
@@ -233,7 +291,8 @@ def test_a_layer_takes_few_operations():
 
 
 def test_values_and_gradients_are_those_of_the_single_steps():
-    "The closed forms of mask and filters against what autograd makes of the plain formulas (which torch.func takes), in float64."
+    """The closed forms of mask and filters against what autograd makes of the plain formulas (which torch.func takes),
+    in float64."""
     torch.manual_seed(0)
     for sigma in (0.1, 0.2, (0.5, 0.15)):
         layer, x = FlexConv2d(2, 3, 9, sigma=sigma).double(), torch.randn(1, 2, 8, 8, dtype=torch.float64)

@@ -8,7 +8,8 @@ from flexconv.conv import LowRankKernel, conv_nd
 from flexconv.export import bake
 from flexconv.registry import create_model
 
-pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
+pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning',
+                                        'ignore::FutureWarning')
 METHODS = ['direct', 'fft', 'matmul', 'auto', 'autotune']
 SIZES = {1: [(40,), (4,), (97,)], 2: [(16, 12), (5, 30), (40, 8)], 3: [(6, 5, 4), (9, 3, 8), (3, 4, 12)]}
 
@@ -26,7 +27,8 @@ class Conv(nn.Module):
         self.lowrank, self.options = lowrank, options
 
     def forward(self, x):
-        return conv_nd(x, LowRankKernel(self.mix, self.basis) if self.lowrank else self.weight, self.bias, **self.options)
+        return conv_nd(x, LowRankKernel(self.mix, self.basis) if self.lowrank else self.weight, self.bias,
+                       **self.options)
 
 
 def images(ndim): return [torch.randn(2, 2, *size) for size in SIZES[ndim]]
@@ -44,12 +46,17 @@ def exported(net, x):
     return torch.export.export(net, (x,), dynamic_shapes=(free,)).module()
 
 
-OPTIONS = [(1, dict(causal=True)), (1, dict(stride=3)), (2, dict()), (2, dict(stride=2, dilation=(1, 2))), (2, dict(padding=((1, 4), (-1, 2)))),
+OPTIONS = [(1, dict(causal=True)),
+           (1, dict(stride=3)),
+           (2, dict()),
+           (2, dict(stride=2, dilation=(1, 2))),
+           (2, dict(padding=((1, 4), (-1, 2)))),
            (2, dict(padding_mode='replicate')), (3, dict(stride=(1, 2, 1)))]
 
 
 @pytest.mark.parametrize('ndim,options', OPTIONS)
-@pytest.mark.parametrize('make', [exported, lambda net, x: torch.jit.trace(net, x), lambda net, x: torch.fx.symbolic_trace(net)],
+@pytest.mark.parametrize('make', [exported, lambda net, x: torch.jit.trace(net, x),
+                                  lambda net, x: torch.fx.symbolic_trace(net)],
                          ids=['export', 'trace', 'fx'])
 def test_programs_hold_for_other_sizes(make, ndim, options):
     inputs = images(ndim)
@@ -58,7 +65,8 @@ def test_programs_hold_for_other_sizes(make, ndim, options):
 
 
 @pytest.mark.parametrize('method', METHODS + ['lowrank'])
-@pytest.mark.parametrize('make', [exported, lambda net, x: torch.jit.trace(net, x, check_trace=False)], ids=['export', 'trace'])
+@pytest.mark.parametrize('make', [exported, lambda net, x: torch.jit.trace(net, x, check_trace=False)],
+                         ids=['export', 'trace'])
 def test_programs_of_every_method_hold_for_other_sizes(make, method):
     "Traced where the kernel is larger than the image, used where it is not."
     inputs = images(2)[::-1]
@@ -90,10 +98,12 @@ def test_onnx_with_free_length(tmp_path):
     free = {0: torch.export.Dim('batch'), 2: torch.export.Dim('length')}
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter('ignore')
-        torch.onnx.export(net, (torch.randn(2, 1, 60),), str(tmp_path/'net.onnx'), dynamic_shapes=(free,), dynamo=True, input_names=['x'], verbose=False)
+        torch.onnx.export(net, (torch.randn(2, 1, 60),), str(tmp_path/'net.onnx'), dynamic_shapes=(free,), dynamo=True,
+                          input_names=['x'], verbose=False)
     session = onnxruntime.InferenceSession(tmp_path/'net.onnx')
     program = lambda x: torch.from_numpy(session.run(None, dict(x=x.numpy()))[0])
-    with torch.no_grad(): assert_same_at_every_size(program, net, [torch.randn(b, 1, n) for b, n in ((2, 60), (3, 41), (1, 300))])
+    with torch.no_grad():
+        assert_same_at_every_size(program, net, [torch.randn(b, 1, n) for b, n in ((2, 60), (3, 41), (1, 300))])
 
 
 # -- torch.compile
@@ -114,18 +124,21 @@ def graphs_and_values(net, inputs, **kw):
 @pytest.mark.parametrize('method', METHODS + ['lowrank'])
 def test_compiled_once_more_for_changing_sizes_and_then_no_more(method):
     "The choice of a method is not part of the compiled program."
-    net = nn.Sequential(Conv(2, lowrank=True, method=method, stride=2), nn.Conv2d(4, 2, 1), Conv(2, lowrank=True, method=method, stride=2))
+    net = nn.Sequential(Conv(2, lowrank=True, method=method, stride=2), nn.Conv2d(4, 2, 1),
+                        Conv(2, lowrank=True, method=method, stride=2))
     made = graphs_and_values(net, [torch.randn(2, 2, n, n) for n in (32, 40, 48, 57, 64, 33)])
     assert made[1] == made[-1], made
 
 
 def test_the_direct_method_is_part_of_the_compiled_program():
     net = Conv(2, method='direct', stride=2, groups=2, padding=4)
-    assert graphs_and_values(net, [torch.randn(2, 2, n, n) for n in (32, 40, 57)], fullgraph=True, dynamic=True) == [1, 1, 1]
+    assert graphs_and_values(net, [torch.randn(2, 2, n, n) for n in (32, 40, 57)], fullgraph=True,
+                             dynamic=True) == [1, 1, 1]
 
 
 def test_no_arithmetic_of_sizes_in_the_compiled_program():
-    "Symbolic sizes of one layer feed the next: with divisions or comparisons of them, three layers took minutes to compile."
+    """Symbolic sizes of one layer feed the next: with divisions or comparisons of them, three layers took minutes to
+    compile."""
     names = []
     def backend(graph, example):
         names.extend(str(n.target) for n in graph.graph.nodes if n.op == 'call_function')
@@ -134,4 +147,5 @@ def test_no_arithmetic_of_sizes_in_the_compiled_program():
     net = nn.Sequential(*[nn.Sequential(Conv(2, method='direct', stride=2), nn.Conv2d(4, 2, 1)) for _ in range(3)])
     torch.compile(net, backend=backend, fullgraph=True, dynamic=True)(torch.randn(2, 2, 64, 48))
     assert sum('conv2d' in n for n in names) >= 3
-    assert not [n for n in names if 'floordiv' in n or 'sym_' in n or n.endswith(('mod>', 'lt>', 'gt>', 'ceil>'))], names
+    assert not [n for n in names if 'floordiv' in n or 'sym_' in n
+                or n.endswith(('mod>', 'lt>', 'gt>', 'ceil>'))], names

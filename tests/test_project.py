@@ -6,35 +6,42 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = '''core kernels magnet mask crop transforms correlate costs conv cache layers aliasing resolution testing official
-             files registry flexnet baselines export data optimizer callbacks learner checkpoints runs distributed at_resolution
-             plot summary jupyter experiments cli bench results site'''.split()
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
+                   if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+MODULES = '''core kernels magnet mask crop transforms correlate costs conv cache layers aliasing resolution testing
+             official files registry flexnet baselines export data optimizer callbacks learner checkpoints runs
+             distributed at_resolution plot summary jupyter experiments cli bench results site'''.split()
 
 
-def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+def python(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_import_is_light():
     "`import flexconv` brings torch and neither fastai nor matplotlib."
-    loaded = python('import sys, flexconv; print(*(m for m in ("torch", "fastai", "matplotlib", "sklearn", "pandas") if m in sys.modules))')
+    heavy = ('torch', 'fastai', 'matplotlib', 'sklearn', 'pandas')
+    loaded = python(f'import sys, flexconv; print(*(m for m in {heavy} if m in sys.modules))')
     assert loaded == 'torch'
-    assert python('import flexconv; print(flexconv.FlexConv2d(3, 8, 33).size, flexconv.__version__)').startswith('(5, 5)')
+    shown = python('import flexconv; print(flexconv.FlexConv2d(3, 8, 33).size, flexconv.__version__)')
+    assert shown.startswith('(5, 5)')
 
 
 def test_all_gives_everything():
     names = set(python('from flexconv.all import *; print(*globals())').split())
     for module in MODULES[:-3]:          # bench, results and site come after all
-        public = set(import_module(f'flexconv.{module}').__all__) if module != 'cli' else {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
+        public = set(import_module(f'flexconv.{module}').__all__)
+        if module == 'cli': public = {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
     assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
 
 
 def test_imports_point_to_lower_numbers():
     order = {re.search(r'#\| default_exp (\w+)', text).group(1): i for i, nb in enumerate(NOTEBOOKS)
-             if (text := ''.join(''.join(c['source']) + '\n' for c in json.loads(nb.read_text())['cells'])) and '#| default_exp' in text}
+             if (text := ''.join(''.join(c['source']) + '\n' for c in json.loads(nb.read_text())['cells']))
+             and '#| default_exp' in text}
     for name, i in order.items():
-        for other in re.findall(r'^\s*from \.(\w+) import', (ROOT/f'flexconv/{name}.py').read_text(), re.M): assert order[other] < i, (name, other)
+        for other in re.findall(r'^\s*from \.(\w+) import', (ROOT/f'flexconv/{name}.py').read_text(), re.M):
+            assert order[other] < i, (name, other)
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -62,10 +69,12 @@ def test_notebook_is_fit_to_print(notebook):
 
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p.stem != 'index'], ids=lambda p: p.stem)
 def test_imports_stand_alone_in_their_cells(notebook):
-    "nbdev_docs runs every cell that imports, alone. (The front page's first cell is an example that can be copied whole.)"
+    """nbdev_docs runs every cell that imports, alone. (The front page's first cell is an example that can be copied
+    whole.)"""
     for cell in json.loads(notebook.read_text())['cells']:
         if cell['cell_type'] != 'code': continue
-        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) or 'FutureWarning' in ast.dump(s) for s in ast.parse(''.join(cell['source'])).body]
+        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) or 'FutureWarning' in ast.dump(s)
+                   for s in ast.parse(''.join(cell['source'])).body]
         assert all(imports) or not any(imports), ''.join(cell['source'])
 
 

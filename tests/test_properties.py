@@ -20,14 +20,18 @@ def layers(draw, causal=True, strides=True):
     groups = draw(st.sampled_from([1, 2]))
     in_channels, out_channels = groups*draw(st.integers(1, 3)), groups*draw(st.integers(1, 3))
     size = draw(st.sampled_from([1, 3, 7] if ndim == 3 else [1, 5, 11, 17]))
-    kwargs = dict(groups=groups, bias=draw(st.booleans()), kernel=draw(st.sampled_from(['magnet', 'siren', 'gabor', 'mlp'])), conv_method=draw(st.sampled_from(['auto', 'direct', 'fft'])), dtype=torch.float64)
+    kwargs = dict(groups=groups, bias=draw(st.booleans()),
+                  kernel=draw(st.sampled_from(['magnet', 'siren', 'gabor', 'mlp'])),
+                  conv_method=draw(st.sampled_from(['auto', 'direct', 'fft'])), dtype=torch.float64)
     if strides: kwargs |= dict(stride=draw(st.integers(1, 3)), dilation=draw(st.integers(1, 2)))
     if causal and ndim == 1: kwargs['causal'] = draw(st.booleans())
     masked = draw(st.booleans())
     if masked: kwargs['sigma'] = draw(st.floats(0.7, 1.5))
-    layer = ([FlexConv1d, FlexConv2d, FlexConv3d] if masked else [CKConv1d, CKConv2d, CKConv3d])[ndim-1](in_channels, out_channels, size, **kwargs)
+    classes = [FlexConv1d, FlexConv2d, FlexConv3d] if masked else [CKConv1d, CKConv2d, CKConv3d]
+    layer = classes[ndim-1](in_channels, out_channels, size, **kwargs)
     if layer.bias is not None: nn.init.normal_(layer.bias)
-    return layer.eval(), torch.randn(2, in_channels, *[draw(st.integers(7, 12)) for _ in range(ndim)], dtype=torch.float64)
+    return layer.eval(), torch.randn(2, in_channels, *[draw(st.integers(7, 12)) for _ in range(ndim)],
+                                     dtype=torch.float64)
 
 
 def near(a, b, eps=1e-9):
@@ -102,11 +106,14 @@ def models(draw):
     "A random network with an input."
     torch.manual_seed(draw(st.integers(0, 999)))
     if draw(st.booleans()):
-        net = FlexNet(draw(st.integers(1, 3)), draw(st.integers(2, 5)), tuple(draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))), draw(st.integers(2, 5)), kernel_size=draw(st.sampled_from([9, 17])),
+        net = FlexNet(draw(st.integers(1, 3)), draw(st.integers(2, 5)),
+                      tuple(draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))), draw(st.integers(2, 5)),
+                      kernel_size=draw(st.sampled_from([9, 17])),
                       sigma=draw(st.floats(0.2, 1.)), conv=draw(st.sampled_from([FlexConv2d])))
         x = torch.randn(3, net.stem.in_channels, 9, draw(st.integers(7, 11)))
     else:
-        net = FlexTCN(draw(st.integers(1, 3)), 3, draw(st.integers(1, 2)), draw(st.integers(2, 5)), kernel_size=draw(st.integers(10, 40)), sigma=draw(st.floats(0.2, 1.)))
+        net = FlexTCN(draw(st.integers(1, 3)), 3, draw(st.integers(1, 2)), draw(st.integers(2, 5)),
+                      kernel_size=draw(st.integers(10, 40)), sigma=draw(st.floats(0.2, 1.)))
         x = torch.randn(3, net.blocks[0].conv1.in_channels, 30)
     net.train()(x)                   # statistics of batch normalisation that are not 0 and 1
     return net.eval(), x
@@ -131,15 +138,19 @@ def test_soak():
     rng = torch.Generator().manual_seed(0)
     pick = lambda *options: options[torch.randint(len(options), (), generator=rng)]
     torch.manual_seed(0)
-    nets = [nn.Sequential(FlexConv2d(2, 4, 17, sigma=0.3), nn.ReLU(), FlexConv2d(4, 2, (9, 13), sigma=0.5, conv_method='fft'), NJetConv2d(2, 2, 9), FlexConv2d(2, 2, 17, sigma=0.8, conv_method='lowrank')).to(dtype)
+    nets = [nn.Sequential(FlexConv2d(2, 4, 17, sigma=0.3), nn.ReLU(),
+                          FlexConv2d(4, 2, (9, 13), sigma=0.5, conv_method='fft'), NJetConv2d(2, 2, 9),
+                          FlexConv2d(2, 2, 17, sigma=0.8, conv_method='lowrank')).to(dtype)
             for dtype in (torch.float32, torch.float64)]
     opts = [torch.optim.Adam(net.parameters(), 1e-3) for net in nets]
     counts = []
     for step in range(500):
         which = pick(0, 1)
         net, opt = nets[which], opts[which]
-        x = torch.randn(pick(1, 2, 3), 2, pick(5, 8, 11, 16), pick(6, 9, 13), dtype=[torch.float32, torch.float64][which])
-        with torch.autocast('cpu', torch.bfloat16, enabled=which == 0 and pick(True, False)): loss = net.train()(x).square().mean()
+        x = torch.randn(pick(1, 2, 3), 2, pick(5, 8, 11, 16), pick(6, 9, 13),
+                        dtype=[torch.float32, torch.float64][which])
+        with torch.autocast('cpu', torch.bfloat16, enabled=which == 0 and pick(True, False)):
+            loss = net.train()(x).square().mean()
         assert loss.isfinite(), step
         opt.zero_grad(); loss.backward(); opt.step()
         if step % 5 == 0:

@@ -31,10 +31,11 @@ def call(command, *args, code=0, **options):
 small = dict(epochs=2, width=4, max_items=128, bs=32)
 
 
-# Killed ---------------------------------------------------------------------------------------------------------------------
+# Killed ---------------------------------------------------------------------------------------------------------------
 
 def test_twenty_kills(tmp_path):
-    "SIGKILL at ten random times and around ten file operations: every run, resumed, ends bit for bit like one that was left alone."
+    """SIGKILL at ten random times and around ten file operations: every run, resumed, ends bit for bit like one that
+    was left alone."""
     done = subprocess.run([sys.executable, HERE/'killer.py', tmp_path], capture_output=True, text=True, env=ENV)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 20, done.stdout + done.stderr[-3000:]
@@ -44,8 +45,10 @@ def test_twenty_kills(tmp_path):
 
 @pytest.mark.parametrize('sign,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_polite_stops_say_how_to_go_on(sign, code, tmp_path):
-    process = subprocess.Popen([BIN/'flexconv_train', *SMALL[2:], '--epochs', '500', '--out', tmp_path/'run'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # what runs in the background ignores it
+    process = subprocess.Popen([BIN/'flexconv_train', *SMALL[2:], '--epochs', '500', '--out', tmp_path/'run'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                               # what runs in the background ignores it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if line.split()[:1] == ['1']: break
     process.send_signal(sign)
@@ -55,7 +58,7 @@ def test_polite_stops_say_how_to_go_on(sign, code, tmp_path):
     assert len(read_csv(tmp_path/'run/metrics.csv')) >= 1
 
 
-# No room, no right ----------------------------------------------------------------------------------------------------------
+# No room, no right ----------------------------------------------------------------------------------------------------
 
 def test_a_full_disk(tmp_path):
     "A file system that takes no more than 300 kB a file: a clear message, and the last good checkpoint stays."
@@ -65,7 +68,8 @@ def test_a_full_disk(tmp_path):
     before = (tmp_path/'run/checkpoint.pt').read_bytes()
     limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
     err = run('flexconv_train', '--resume', tmp_path/'run', code=2, **limit).stderr
-    assert 'could not be written and is as it was: File too large' in err and 'Go on with: flexconv_train --resume' in err
+    assert 'could not be written and is as it was: File too large' in err
+    assert 'Go on with: flexconv_train --resume' in err
     assert (tmp_path/'run/checkpoint.pt').read_bytes() == before and not list((tmp_path/'run').glob('*.part'))
     call('flexconv_train', resume=str(tmp_path/'run'))
     assert len(read_csv(tmp_path/'run/metrics.csv')) == 4
@@ -80,13 +84,14 @@ def test_nowhere_to_write(tmp_path):
 def test_atomic_writes(tmp_path):
     write_atomically(tmp_path/'a', 'one'); write_atomically(tmp_path/'a', b'two')
     assert (tmp_path/'a').read_bytes() == b'two' and [p.name for p in tmp_path.iterdir()] == ['a']
-    with pytest.raises(OSError, match='b/c could not be written and is as it was'): write_atomically(tmp_path/'b/c', 'x')
+    with pytest.raises(OSError, match='b/c could not be written and is as it was'):
+        write_atomically(tmp_path/'b/c', 'x')
     (tmp_path/'d').mkdir()
     with pytest.raises(OSError, match='could not be written'): write_atomically(tmp_path/'d', 'x')
     assert {p.name for p in tmp_path.iterdir()} == {'a', 'd'}
 
 
-# Damaged --------------------------------------------------------------------------------------------------------------------
+# Damaged --------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -104,7 +109,8 @@ def copy(finished, tmp_path):
 def flip(file):
     "Flip one bit of the largest tensor in a file."
     data = bytearray(file.read_bytes())
-    tensors = torch.load(file, weights_only=True)['model'] if file.suffix == '.pt' else safetensors.torch.load_file(file)
+    if file.suffix == '.pt': tensors = torch.load(file, weights_only=True)['model']
+    else: tensors = safetensors.torch.load_file(file)
     largest = max(tensors.values(), key=torch.Tensor.numel)
     data[data.index(largest.contiguous().numpy().tobytes()) + 17] ^= 1
     file.write_bytes(data)
@@ -166,7 +172,8 @@ def test_checkpoints_of_other_optimisers(opt, tmp_path):
     before = {k: v.clone() for k, v in other.model.state_dict().items()}
     with pytest.raises(ValueError, match='another model'): load_checkpoint(other, tmp_path/'checkpoint.pt')
     assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
-    with pytest.raises(ValueError, match='does not hold the weights'): load_weights(other.model, tmp_path/'model.safetensors')
+    with pytest.raises(ValueError, match='does not hold the weights'):
+        load_weights(other.model, tmp_path/'model.safetensors')
     assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
 
 
@@ -179,7 +186,7 @@ def test_weights_without_a_checksum_load(tmp_path):
     save_weights(a.bfloat16(), tmp_path/'half.safetensors'); load_weights(b.bfloat16(), tmp_path/'half.safetensors')
 
 
-# Strangers ------------------------------------------------------------------------------------------------------------------
+# Strangers ------------------------------------------------------------------------------------------------------------
 
 class Bomb:
     def __init__(self, path): self.path = str(path)
@@ -196,7 +203,8 @@ def test_nothing_a_stranger_sends_runs(name, form, copy, tmp_path):
     if form == 'pickle': (copy/name).write_bytes(pickle.dumps(state))
     else: torch.save(state, copy/name)
     (copy/'previous-checkpoint.pt').unlink()
-    _, err = call('flexconv_train', resume=str(copy), code=2) if name == 'checkpoint.pt' else call('flexconv_eval', copy, code=2)
+    if name == 'checkpoint.pt': _, err = call('flexconv_train', resume=str(copy), code=2)
+    else: _, err = call('flexconv_eval', copy, code=2)
     assert name in err
     if name == 'model.safetensors': call('flexconv_export', copy, code=2)
     assert not victim.exists()
@@ -209,10 +217,11 @@ def test_no_unsafe_loading_in_the_library():
         text = file.read_text()
         assert 'allow_pickle=True' not in text and 'load_learner' not in text
         assert all('weights_only=True' in line for line in text.splitlines() if 'torch.load(' in line), file
-        assert file.name == 'testing.py' or not re.search(r'pickle\.loads?\(', text), file          # testing.py: test_conv_layer reads what it wrote
+        # testing.py: test_conv_layer reads what it wrote
+        assert file.name == 'testing.py' or not re.search(r'pickle\.loads?\(', text), file
 
 
-# Guards ---------------------------------------------------------------------------------------------------------------------
+# Guards ---------------------------------------------------------------------------------------------------------------
 
 def test_a_loss_that_is_not_finite_ends_the_command(tmp_path):
     _, err = call('flexconv_train', lr=1e30, out=str(tmp_path/'run'), code=1, **small)
@@ -233,7 +242,8 @@ def test_masks_come_back(ndim, start):
         else: layer.mask.mean.fill_(-4.)
     before = layer.size
     masks = list(layer.mask.parameters())
-    opt = torch.optim.Adam([dict(params=masks, lr=0.03), dict(params=[p for p in layer.parameters() if all(p is not m for m in masks)], lr=0.01)])
+    opt = torch.optim.Adam([dict(params=masks, lr=0.03),
+                            dict(params=[p for p in layer.parameters() if all(p is not m for m in masks)], lr=0.01)])
     losses = []
     for _ in range(300):
         loss = (layer(x) - y).square().mean()
@@ -250,16 +260,20 @@ def test_seeds_repeat_runs(tmp_path):
     assert a == b and a != c
 
 
-# Several processes ----------------------------------------------------------------------------------------------------------
+# Several processes ----------------------------------------------------------------------------------------------------
 
-LAUNCH = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port', '0', '--mixed_precision', 'no', '--dynamo_backend', 'no', BIN/'flexconv_train', '--device', 'cpu']
+LAUNCH = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--main_process_port',
+          '0', '--mixed_precision', 'no', '--dynamo_backend', 'no', BIN/'flexconv_train', '--device', 'cpu']
 
 
-def launch(*options, **kwargs): return subprocess.Popen([BIN/LAUNCH[0], *map(str, LAUNCH[1:]), *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
+def launch(*options, **kwargs):
+    return subprocess.Popen([BIN/LAUNCH[0], *map(str, LAUNCH[1:]), *map(str, options)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
 
 
 def test_two_processes_train_as_one_and_resume(tmp_path):
-    "Training losses to 1e-5 at equal global batch, one run folder; and the run goes on after it was stopped, with two processes and with one."
+    """Training losses to 1e-5 at equal global batch, one run folder; and the run goes on after it was stopped, with
+    two processes and with one."""
     options = ['--epochs', 3, *SMALL[2:], '--dropout', 0]
     call('flexconv_train', **small | dict(epochs=3), dropout=0., out=str(tmp_path/'one'))
     two = launch(*options, '--out', tmp_path/'two')
@@ -269,12 +283,14 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
     losses = lambda name: [float(r['train_loss']) for r in read_csv(tmp_path/name/'metrics.csv')]
     assert losses('one') == pytest.approx(losses('two'), abs=1e-5) and len(losses('two')) == 3
     shutil.rmtree(tmp_path/'two')
-    two = launch(*options[:-1], 0.2, '--out', tmp_path/'two')                       # with dropout: random numbers are restored too
+    # with dropout: random numbers are restored too
+    two = launch(*options[:-1], 0.2, '--out', tmp_path/'two')
     assert two.communicate(timeout=300) and two.returncode == 0
     state = torch.load(tmp_path/'two/checkpoint.pt', weights_only=True)
     assert len(state['random']) == 2 and not any(k.startswith('module.') for k in state['model'])
     for name in ('checkpoint.pt', 'model.safetensors'): (tmp_path/'two'/name).unlink()
-    again = launch('--resume', tmp_path/'two')                                     # from the previous checkpoint, two epochs done
+    # from the previous checkpoint, two epochs done
+    again = launch('--resume', tmp_path/'two')
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0 and '2 of 3 epochs are done' in out, out + err
     after = torch.load(tmp_path/'two/checkpoint.pt', weights_only=True)
@@ -289,15 +305,20 @@ def test_a_killed_worker_ends_the_run(tmp_path):
     try:
         for line in process.stdout:
             if line.split()[:1] == ['1']: break
-        children = subprocess.run(['pgrep', '-f', f'flexconv_train.*{tmp_path}'], capture_output=True, text=True).stdout.split()
-        ranks = {int(pid): dict(v.split('=', 1) for v in Path(f'/proc/{pid}/environ').read_text().split('\0') if '=' in v).get('RANK') for pid in children}
+        children = subprocess.run(['pgrep', '-f', f'flexconv_train.*{tmp_path}'], capture_output=True,
+                                  text=True).stdout.split()
+        ranks = {}
+        for pid in children:
+            variables = Path(f'/proc/{pid}/environ').read_text().split('\0')
+            ranks[int(pid)] = dict(v.split('=', 1) for v in variables if '=' in v).get('RANK')
         victim, = (pid for pid, rank in ranks.items() if rank == '1')
         os.kill(victim, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     finally:
         if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert f'Go on with: flexconv_train --resume {tmp_path/"run"}' in err and ('another process ended' in err or 'was lost' in err), err[-3000:]
+    assert f'Go on with: flexconv_train --resume {tmp_path/"run"}' in err, err[-3000:]
+    assert 'another process ended' in err or 'was lost' in err, err[-3000:]
 
 
 def test_an_error_of_ones_own_is_not_a_lost_process(monkeypatch):
@@ -306,7 +327,8 @@ def test_an_error_of_ones_own_is_not_a_lost_process(monkeypatch):
     @cli.user_errors
     def fails(message): raise RuntimeError(message)
     with pytest.raises(RuntimeError, match='shapes do not match'): fails('shapes do not match')
-    for message in ('[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234', 'CUDA out of memory. Tried to allocate 2 GiB'):
+    for message in ('[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234',
+                    'CUDA out of memory. Tried to allocate 2 GiB'):
         with pytest.raises(SystemExit) as e: fails(message)
         assert e.value.code == 1
 

@@ -17,7 +17,10 @@ from flexconv.at_resolution import dls_at, image_size, resolution_table
 from flexconv.resolution import set_resolution
 
 SCALES = [0.5, 0.875, 1.125, 2, 3]
-LAYERS = [(FlexConv1d, 33, dict(sigma=0.2)), (FlexConv1d, 32, dict(sigma=0.2, causal=True)), (FlexConv2d, 33, dict(sigma=(0.1, 0.3))), (FlexConv2d, (33, 17), dict(sigma=0.2)),
+LAYERS = [(FlexConv1d, 33, dict(sigma=0.2)),
+          (FlexConv1d, 32, dict(sigma=0.2, causal=True)),
+          (FlexConv2d, 33, dict(sigma=(0.1, 0.3))),
+          (FlexConv2d, (33, 17), dict(sigma=0.2)),
           (FlexConv3d, 17, dict(sigma=(0.2, 0.4, 0.3))), (CKConv1d, 17, {}), (CKConv2d, 17, {}), (CKConv3d, 9, {})]
 
 
@@ -34,7 +37,8 @@ def by_hand(layer, r):
         axes.append(axis)
     x = np.stack(np.meshgrid(*axes, indexing='ij'), -1)
     f = lambda l, name: P[f'kernel_network.filters.{l}.{name}']
-    g = lambda l: np.exp(-0.5*((f(l, 'gamma')*(x[..., None, :] - f(l, 'mu')))**2).sum(-1))*np.sin(x @ f(l, 'linear.weight').T + f(l, 'linear.bias'))
+    g = lambda l: (np.exp(-0.5*((f(l, 'gamma')*(x[..., None, :] - f(l, 'mu')))**2).sum(-1))
+                   *np.sin(x @ f(l, 'linear.weight').T + f(l, 'linear.bias')))
     h = g(0)
     for l in range(3): h = (h @ P[f'kernel_network.linear.{l}.weight'].T + P[f'kernel_network.linear.{l}.bias'])*g(l+1)
     k = h @ P['kernel_network.output_linear.weight'].T + P['kernel_network.output_linear.bias']
@@ -69,7 +73,8 @@ def test_sizes_are_rounded_to_the_nearest_allowed(n, r, causal):
 @pytest.mark.parametrize('sigma', [0.15, (0.12, 0.25)])
 @pytest.mark.parametrize('threshold,tolerance', [(1e-3, 0.01), (0.1, 0.05)])
 def test_one_response_at_all_resolutions(cls, sigma, threshold, tolerance):
-    "A kernel and a signal without high frequencies: the response is the same function of position, to 1%. (Cut off at the default threshold, the kernel has an edge, which is a high frequency: 5%.)"
+    """A kernel and a signal without high frequencies: the response is the same function of position, to 1%. (Cut off
+    at the default threshold, the kernel has an edge, which is a high frequency: 5%.)"""
     torch.manual_seed(1)
     sigma = sigma if cls is FlexConv2d or not isinstance(sigma, tuple) else sigma[0]
     layer = cls(1, 1, 33, sigma=sigma, threshold=threshold, dtype=torch.float64)
@@ -77,20 +82,24 @@ def test_one_response_at_all_resolutions(cls, sigma, threshold, tolerance):
         for f in layer.kernel_network.filters: f.linear.weight *= 0.1; f.gamma.clamp_(max=2.)
     responses = {}
     for r in (0.5, 1, 1.5, 2, 3):
-        axis = torch.linspace(-2, 2, int(64*r) + 1, dtype=torch.float64)                     # 16 r pixels per unit of position
+        # 16 r pixels per unit of position
+        axis = torch.linspace(-2, 2, int(64*r) + 1, dtype=torch.float64)
         grid = torch.meshgrid(*[axis]*layer.ndim, indexing='ij')
         signal = sum(torch.sin((2 + d)*g + d) for d, g in enumerate(grid)) + math.prod(torch.cos(3*g) for g in grid)
         with torch.no_grad(): y = set_resolution(layer, r)(signal[None, None])[0, 0]
-        step = int(2*r) if r >= 1 else 1                                                     # positions that all five grids have: multiples of 1/8
+        # positions that all five grids have: multiples of 1/8
+        step = int(2*r) if r >= 1 else 1
         common = y[(slice(None, None, step),)*layer.ndim]
         responses[r] = common[(slice(8, -8),)*layer.ndim]                                    # away from the padding
-    for r, y in responses.items(): assert y.shape == responses[3].shape and (y - responses[3]).abs().max() < tolerance*responses[3].abs().max(), r
+    for r, y in responses.items():
+        assert y.shape == responses[3].shape and (y - responses[3]).abs().max() < tolerance*responses[3].abs().max(), r
 
 
 @pytest.mark.parametrize('r', [0.5, 2, 1.3])
-@pytest.mark.parametrize('make,shape', [(lambda: create_model('flexnet3', width=4, kernel_size=17, sigma=0.3), (2, 3, 20, 20)),
-                                        (lambda: create_model('flextcn2', in_channels=3, kernel_size=40, sigma=0.3), (2, 3, 40)),
-                                        (lambda: nn.Sequential(FlexConv3d(3, 2, 5, sigma=0.5)), (1, 3, 6, 6, 6))])
+@pytest.mark.parametrize('make,shape',
+                         [(lambda: create_model('flexnet3', width=4, kernel_size=17, sigma=0.3), (2, 3, 20, 20)),
+                          (lambda: create_model('flextcn2', in_channels=3, kernel_size=40, sigma=0.3), (2, 3, 40)),
+                          (lambda: nn.Sequential(FlexConv3d(3, 2, 5, sigma=0.5)), (1, 3, 6, 6, 6))])
 def test_with_baking_saving_copying_and_remembering(r, make, shape):
     torch.manual_seed(0)
     net, x = make().eval(), torch.randn(shape)
@@ -98,18 +107,22 @@ def test_with_baking_saving_copying_and_remembering(r, make, shape):
         first = net(x)
         y = set_resolution(net, r)(x)
         assert y.shape == first.shape and (y - first).abs().max() > 1e-3*first.abs().max()
-        for other in (bake(net), copy.deepcopy(net), pickle.loads(pickle.dumps(net))): assert (other(x) - y).abs().max() < 1e-4*y.abs().max()
+        for other in (bake(net), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert (other(x) - y).abs().max() < 1e-4*y.abs().max()
         fresh = make().eval()
         fresh.load_state_dict(net.state_dict())
-        assert torch.allclose(fresh(x), first, atol=1e-6*first.abs().max().item())          # weights are those of the training resolution
+        # weights are those of the training resolution
+        assert torch.allclose(fresh(x), first, atol=1e-6*first.abs().max().item())
         assert torch.equal(set_resolution(net, 1)(x), first)
 
 
 def test_padding_given_in_pixels_grows_with_the_kernel():
     layer = FlexConv2d(1, 1, 9, padding=4, sigma=1.)
-    for r, size in ((0.5, 10), (2, 40)): assert set_resolution(layer, r)(torch.randn(1, 1, size, size)).shape[2:] == (size, size)
+    for r, size in ((0.5, 10), (2, 40)):
+        assert set_resolution(layer, r)(torch.randn(1, 1, size, size)).shape[2:] == (size, size)
     strided = FlexConv2d(1, 1, 9, stride=2, sigma=1.)
-    assert strided(torch.randn(1, 1, 10, 10)).shape[2] == 5 and set_resolution(strided, 2)(torch.randn(1, 1, 20, 20)).shape[2] == 10
+    assert strided(torch.randn(1, 1, 10, 10)).shape[2] == 5
+    assert set_resolution(strided, 2)(torch.randn(1, 1, 20, 20)).shape[2] == 10
 
 
 @pytest.mark.skipif(torch.__version__ < '2.6', reason='torch.compile of torch 2.5 cannot compile a layer in eval mode')
@@ -140,7 +153,8 @@ def test_the_regulariser_reads_the_resolution_of_the_batch():
         seen = []
         import flexconv.callbacks as module
         original = module.aliasing_loss
-        module.aliasing_loss = lambda model, resolution, **kw: (seen.append(resolution), original(model, resolution, **kw))[1]
+        module.aliasing_loss = lambda model, resolution, **kw: (seen.append(resolution),
+                                                                original(model, resolution, **kw))[1]
         try:
             with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
         finally: module.aliasing_loss = original
@@ -148,34 +162,44 @@ def test_the_regulariser_reads_the_resolution_of_the_batch():
 
 
 def run(*args, code=0, cwd=None):
-    done = subprocess.run([Path(sys.executable).parent/args[0], *map(str, args[1:])], capture_output=True, text=True, cwd=cwd)
+    done = subprocess.run([Path(sys.executable).parent/args[0], *map(str, args[1:])], capture_output=True, text=True,
+                          cwd=cwd)
     assert done.returncode == code, done.stderr
     return done
 
 
 def test_train_fine_tune_evaluate(tmp_path):
-    "A cell of the paper's table on the digits, its files, evaluation of both parts, and going on after an interruption."
+    """A cell of the paper's table on the digits, its files, evaluation of both parts, and going on after an
+    interruption."""
     small = ['--epochs', 2, '--target_epochs', 2, '--width', 4, '--max_items', 200, '--device', 'cpu']
     run('flexconv_train', '--experiment', 'cross-digits-8-16', *small, '--out', tmp_path/'a')
     a = tmp_path/'a'
     table = read_csv(a/'resolution.csv')
-    assert [(r['size'], r['scale']) for r in table] == [('6', '0.75'), ('8', '1'), ('10', '1.25'), ('12', '1.5'), ('16', '2')]
+    assert [(r['size'], r['scale']) for r in table] == [('6', '0.75'),
+                                                        ('8', '1'),
+                                                        ('10', '1.25'),
+                                                        ('12', '1.5'),
+                                                        ('16', '2')]
     assert float(table[1]['accuracy']) == pytest.approx(float(read_csv(a/'metrics.csv')[-1]['accuracy']), abs=1e-6)
     sub = json.loads((a/'at-16'/'config.json').read_text())
-    assert (sub['size'], sub['scale'], sub['kernel_size'], sub['source']) == (16, 2.0, 9, '..') and len(read_csv(a/'at-16'/'metrics.csv')) == 2
+    assert (sub['size'], sub['scale'], sub['kernel_size'], sub['source']) == (16, 2.0, 9, '..')
+    assert len(read_csv(a/'at-16'/'metrics.csv')) == 2
     accuracy = 100*float(read_csv(a/'at-16'/'metrics.csv')[-1]['accuracy'])
     assert f'accuracy {accuracy:.2f}%' in run('flexconv_eval', a/'at-16', '--device', 'cpu').stdout
     out = run('flexconv_eval', a, '--size', '8,16', '--device', 'cpu').stdout
     assert table[4]['accuracy'] in out and table[1]['accuracy'] in out
-    for name in ('checkpoint.pt', 'previous-checkpoint.pt'): (a/'at-16'/name).unlink()      # as if it had stopped in the first epoch of fine-tuning
+    # as if it had stopped in the first epoch of fine-tuning
+    for name in ('checkpoint.pt', 'previous-checkpoint.pt'): (a/'at-16'/name).unlink()
     assert 'resume that' in run('flexconv_train', '--resume', a/'at-16', '--device', 'cpu', code=2).stderr
     before = [r['accuracy'] for r in read_csv(a/'at-16'/'metrics.csv')]
     run('flexconv_train', '--resume', a, '--device', 'cpu')
     assert len(read_csv(a/'at-16'/'metrics.csv')) == 2 and len(before) == 2
 
 
-@pytest.mark.parametrize('args,message', [(['flexconv_eval', 'RUN', '--size', 'large'], "size must be an int"), (['flexconv_train', '--target', '1'], 'target must be'),
-                                          (['flexconv_train', '--data', 'sdigits', '--target', '16'], 'dls must be of images')])
+@pytest.mark.parametrize('args,message', [(['flexconv_eval', 'RUN', '--size', 'large'], "size must be an int"),
+                                          (['flexconv_train', '--target', '1'], 'target must be'),
+                                          (['flexconv_train', '--data', 'sdigits', '--target', '16'],
+                                           'dls must be of images')])
 def test_mistakes(args, message, tmp_path):
     assert message in run(*args, code=2, cwd=tmp_path).stderr
 

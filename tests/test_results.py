@@ -6,7 +6,8 @@ import pandas as pd, pytest
 PAGES = Path(__file__).parent.parent/'nbs/experiments'
 
 
-def cells(page): return [c for c in json.loads((PAGES/f'{page}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+def cells(page):
+    return [c for c in json.loads((PAGES/f'{page}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
 
 
 def run(source, space):

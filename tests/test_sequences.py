@@ -33,10 +33,12 @@ def test_sequences_of_other_lengths(length):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**16), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from([0.02, 0.2, 1.]), st.sampled_from(['flextcn2', 'cktcn', 'flextcn4']))
+@given(st.integers(0, 2**16), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from([0.02, 0.2, 1.]),
+       st.sampled_from(['flextcn2', 'cktcn', 'flextcn4']))
 def test_a_stream_gives_what_the_whole_sequence_gives(seed, chunks, sigma, name):
     torch.manual_seed(seed)
-    net = create_model(name, in_channels=2, kernel_size=40, width=6, **(dict(sigma=sigma) if 'flex' in name else {})).eval()
+    net = create_model(name, in_channels=2, kernel_size=40, width=6,
+                       **(dict(sigma=sigma) if 'flex' in name else {})).eval()
     x = torch.randn(3, 2, sum(chunks))
     stream = Stream(net)
     for _ in range(2):                                            # twice, to see that reset forgets
@@ -46,7 +48,8 @@ def test_a_stream_gives_what_the_whole_sequence_gives(seed, chunks, sigma, name)
 
 
 def test_the_mean_of_a_mask_moves_the_kernel_in_time():
-    "Whatever mean and sigma a causal mask has, the kernel ends at the newest sample, and its size changes by single steps."
+    """Whatever mean and sigma a causal mask has, the kernel ends at the newest sample, and its size changes by single
+    steps."""
     layer, sizes = FlexConv1d(1, 1, 101, causal=True, sigma=0.1), []
     for mean in torch.linspace(2, -0.5, 501).tolist():
         with torch.no_grad(): layer.mask.mean.fill_(mean)

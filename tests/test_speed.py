@@ -1,4 +1,5 @@
-"What is done for speed and must not be seen in any value: factors, caches, sizes that are not asked for, compilation, precision, export."
+"""What is done for speed and must not be seen in any value: factors, caches, sizes that are not asked for,
+compilation, precision, export."""
 import copy, io, math, pickle, warnings
 from contextlib import redirect_stderr
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -21,9 +22,11 @@ def gradients(y, model): return torch.autograd.grad(y.square().sum(), [p for p i
 
 
 def relative_gap(a, b, together=False):
-    "Largest difference of two lists of tensors, relative to the largest value of each, or of all together (where some are 0 but for rounding)."
+    """Largest difference of two lists of tensors, relative to the largest value of each, or of all together (where
+    some are 0 but for rounding)."""
     scale = [y.double().abs().max().clamp(min=1e-30) for y in b]
-    return max(((x.double() - y.double()).abs().max()/(max(scale) if together else c)).item() for x, y, c in zip(a, b, scale))
+    return max(((x.double() - y.double()).abs().max()/(max(scale) if together else c)).item()
+               for x, y, c in zip(a, b, scale))
 
 
 # -- low rank
@@ -33,14 +36,16 @@ def relative_gap(a, b, together=False):
 def test_factors_give_what_their_product_gives(p, rank, method):
     x, w, b = tensors(p)
     g = torch.Generator().manual_seed(p['seed'])
-    mix, basis = (torch.randn(*s, generator=g, dtype=p['dtype']).requires_grad_() for s in ((*w.shape[:2], rank), (rank, *w.shape[2:])))
+    mix, basis = (torch.randn(*s, generator=g, dtype=p['dtype']).requires_grad_()
+                  for s in ((*w.shape[:2], rank), (rank, *w.shape[2:])))
     kernel = LowRankKernel(mix, basis)
     args = [x, mix, basis] + ([b] if b is not None else [])
     ours = conv_nd(x, kernel, b, p['stride'], p['padding'], p['groups'], dilation=p['dilation'], method=method)
     theirs = CONVS[len(p['sizes'])](x, kernel.dense(), b, p['stride'], p['padding'], p['dilation'], p['groups'])
     assert_close(ours, theirs, p['dtype'])
     r = torch.randn(theirs.shape, dtype=p['dtype'], generator=g)
-    for a, c in zip(torch.autograd.grad(ours, args, r), torch.autograd.grad(theirs, args, r)): assert_close(a, c, p['dtype'])
+    for a, c in zip(torch.autograd.grad(ours, args, r), torch.autograd.grad(theirs, args, r)):
+        assert_close(a, c, p['dtype'])
 
 
 @pytest.mark.parametrize('wanted', [(0,), (1,), (2,), (0, 2), (1, 2)])
@@ -50,13 +55,16 @@ def test_only_the_wanted_gradients_are_computed(wanted):
     y = conv_nd(tensors[0], LowRankKernel(*tensors[1:]), method='lowrank')
     want = F.conv1d(tensors[0], LowRankKernel(*tensors[1:]).dense(), padding=4)
     chosen = [tensors[i] for i in wanted]
-    assert relative_gap(torch.autograd.grad(y.square().sum(), chosen), torch.autograd.grad(want.square().sum(), chosen)) < 1e-4
+    assert relative_gap(torch.autograd.grad(y.square().sum(), chosen),
+                        torch.autograd.grad(want.square().sum(), chosen)) < 1e-4
 
 
 @pytest.mark.parametrize('chunk', [1, 500, 20_000])
 def test_chunks_change_nothing(chunk, monkeypatch):
-    x, mix, basis = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4, 12, 9), (6, 2, 3), (3, 7, 9)))
-    run = lambda: torch.autograd.grad(conv_nd(x, LowRankKernel(mix, basis), groups=2, method='lowrank').square().sum(), (x, mix, basis))
+    x, mix, basis = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
+                     for s in ((5, 4, 12, 9), (6, 2, 3), (3, 7, 9)))
+    run = lambda: torch.autograd.grad(conv_nd(x, LowRankKernel(mix, basis), groups=2, method='lowrank').square().sum(),
+                                      (x, mix, basis))
     want = run()
     monkeypatch.setitem(__import__('flexconv.transforms').transforms.chunk_numbers, 'cpu', chunk)
     assert relative_gap(run(), want) < 1e-12
@@ -67,7 +75,8 @@ def test_a_layer_computes_the_same_in_every_way(kernel):
     torch.manual_seed(0)
     layer, x = FlexConv2d(4, 6, 17, sigma=(0.2, 0.5), groups=2, kernel=kernel), torch.randn(3, 4, 16, 11)
     with_forward_of = lambda method: (setattr(layer, 'conv_method', method), layer(x))[1]
-    want = with_forward(layer, lambda m, t: F.conv2d(t, m.kernel(), m.bias, padding=[n//2 for n in m.size], groups=2))(x)
+    def plain(m, t): return F.conv2d(t, m.kernel(), m.bias, padding=[n//2 for n in m.size], groups=2)
+    want = with_forward(layer, plain)(x)
     for method in ('direct', 'fft', 'lowrank', 'matmul', 'auto', 'autotune'):
         y = with_forward_of(method)
         assert relative_gap([y], [want]) < 1e-5
@@ -81,12 +90,14 @@ def test_networks_that_are_not_linear_at_the_end_are_sampled_whole():
     layer = FlexConv2d(2, 2, 9, sigma=0.4, kernel=Squared)
     assert not layer.can_factor
     bounds = layer.bounds()
-    with torch.no_grad(): want = Squared.forward(layer.kernel_network, layer.positions(bounds))*layer.mask(layer.positions(bounds))
+    with torch.no_grad():
+        want = Squared.forward(layer.kernel_network, layer.positions(bounds))*layer.mask(layer.positions(bounds))
     assert torch.allclose(layer.kernel().flatten(0, 1), want, atol=1e-6)
     hooked = FlexConv2d(2, 2, 9, sigma=0.4)
     hooked.kernel_network.output_linear.register_forward_hook(lambda m, args, y: 2*y)
     assert not hooked.can_factor
-    with pytest.raises(ValueError, match="conv_method='lowrank' needs"): FlexConv2d(2, 2, 9, kernel=Squared, conv_method='lowrank')
+    with pytest.raises(ValueError, match="conv_method='lowrank' needs"):
+        FlexConv2d(2, 2, 9, kernel=Squared, conv_method='lowrank')
 
 
 # -- the choice
@@ -105,7 +116,8 @@ def test_rates_are_fitted_to_what_was_measured():
         rows += [(*case, method, sum(truth[unit]*n for unit, n in units.items())) for method, units in work.items()]
     fitted = fit_rates(rows)
     assert choice_loss(rows, fitted) < 0.01
-    for unit in counted - {'matmul_transform', 'matmul_product', 'matmul_frequencies'}:      # three that hardly differ in these shapes
+    # three that hardly differ in these shapes
+    for unit in counted - {'matmul_transform', 'matmul_product', 'matmul_frequencies'}:
         assert fitted[unit] == pytest.approx(truth[unit], rel=0.2), unit
 
 
@@ -134,7 +146,8 @@ def test_autotune_measures_once_and_remembers(monkeypatch):
     autotuned.clear()
     y = conv_nd(x, w, method='autotune')
     assert torch.allclose(y, F.conv1d(x, w, padding=15), atol=1e-4)
-    assert list(autotuned.values()) in (['direct'], ['fft'], ['matmul']) and len(measured) == 6        # three methods, twice
+    # three methods, twice
+    assert list(autotuned.values()) in (['direct'], ['fft'], ['matmul']) and len(measured) == 6
     conv_nd(x, w, method='autotune')
     assert len(measured) == 6
     conv_nd(x, w.requires_grad_(), method='autotune')
@@ -152,7 +165,8 @@ def test_cropping_on_the_device_is_cropping(ndim, data):
     value = st.floats(-2, 2, width=32) | st.sampled_from([0., math.nan, math.inf, 1e30])
     mask = GaussianMask(ndim)
     with torch.no_grad():
-        mask.sigma.copy_(torch.tensor([data.draw(value) for _ in range(ndim)])); mask.mean.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
+        mask.sigma.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
+        mask.mean.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
     want = torch.zeros(size, dtype=torch.bool)
     want[tuple(slice(*b) for b in crop_bounds(mask, size, causal))] = True
     starts, _ = crop_starts(*mask.effective(spacing(size)), size, cutoff_in_sigmas(0.1), causal)
@@ -194,8 +208,11 @@ def test_it_asks_seldom_while_training_and_always_when_it_must(monkeypatch):
     for _ in range(60):
         opt.zero_grad(); layer(x).square().sum().backward(); opt.step()
     assert 2 <= len(asked) <= 10
-    for change, why in ((lambda: layer.eval(), 'eval after training'), (lambda: layer.mask.sigma.data.copy_(torch.tensor([0.3, 0.3])), None),
-                        (lambda: layer.load_state_dict({k: 1.1*v for k, v in layer.state_dict().items()}), 'load_state_dict'), (lambda: layer.double(), 'moved')):
+    for change, why in ((lambda: layer.eval(), 'eval after training'),
+                        (lambda: layer.mask.sigma.data.copy_(torch.tensor([0.3, 0.3])), None),
+                        (lambda: layer.load_state_dict({k: 1.1*v for k, v in layer.state_dict().items()}),
+                         'load_state_dict'),
+                        (lambda: layer.double(), 'moved')):
         n = len(asked)
         change()
         with torch.no_grad(): y = layer(x.to(layer.bias.dtype))
@@ -231,8 +248,10 @@ def test_the_kernel_is_remembered_until_something_changes(method, monkeypatch):
     for _ in range(3): assert torch.equal(run(), first)
     run(torch.randn(1, 3, 9, 30))                                    # another size, the same kernel
     assert len(sampled) == 1
-    changes = [lambda: layer.mask.sigma.data.mul_(1.5), lambda: layer.kernel_network.filters[0].mu.data.add_(0.1), lambda: setattr(layer, 'scale', 2.),
-               lambda: layer.double(), lambda: layer.load_state_dict({k: v*1.1 for k, v in layer.state_dict().items()}), lambda: layer.eval(),
+    changes = [lambda: layer.mask.sigma.data.mul_(1.5), lambda: layer.kernel_network.filters[0].mu.data.add_(0.1),
+               lambda: setattr(layer, 'scale', 2.),
+               lambda: layer.double(), lambda: layer.load_state_dict({k: v*1.1 for k, v in layer.state_dict().items()}),
+               lambda: layer.eval(),
                lambda: setattr(layer.kernel_network.filters[0], 'linear', layer.kernel_network.filters[1].linear)]
     for i, change in enumerate(changes):
         change()
@@ -292,7 +311,8 @@ def test_compiled_training_follows_sizes():
 @pytest.mark.parametrize('method', ['fft', 'lowrank'])
 def test_compile_takes_the_transform_as_it_is(method):
     torch._dynamo.reset()
-    net, x = create_model('flexnet3', width=4, kernel_size=9, sigma=0.4, dropout=0., conv_method=method), torch.randn(2, 3, 9, 9)
+    net = create_model('flexnet3', width=4, kernel_size=9, sigma=0.4, dropout=0., conv_method=method)
+    x = torch.randn(2, 3, 9, 9)
     y = torch.compile(net)(x)                                        # inductor
     assert relative_gap([y], [net(x)]) < 1e-3
     assert relative_gap(gradients(y, net), gradients(net(x), net), together=True) < 1e-3
@@ -300,7 +320,8 @@ def test_compile_takes_the_transform_as_it_is(method):
 
 def test_compiled_network_with_inductor():
     torch._dynamo.reset()
-    net, x = create_model('flexnet3', width=4, kernel_size=9, sigma=0.4, dropout=0., conv_method='direct'), torch.randn(2, 3, 9, 9)
+    net = create_model('flexnet3', width=4, kernel_size=9, sigma=0.4, dropout=0., conv_method='direct')
+    x = torch.randn(2, 3, 9, 9)
     refresh_sizes(net)
     y = torch.compile(net, fullgraph=True)(x)
     assert relative_gap([y], [net(x)]) < 1e-3
@@ -313,8 +334,11 @@ def test_mixed_precision_trains(method, dtype):
     losses = {}
     for enabled in (False, True):
         torch.manual_seed(0)
-        net, x, y = create_model('flexnet3', width=6, kernel_size=9, sigma=0.4, dropout=0., conv_method=method), torch.randn(32, 3, 9, 9), torch.randint(0, 10, (32,))
-        opt, scaler = torch.optim.Adam(net.parameters(), 0.005), torch.amp.GradScaler('cpu', enabled=enabled and dtype == torch.float16, init_scale=2.**10)
+        net = create_model('flexnet3', width=6, kernel_size=9, sigma=0.4, dropout=0., conv_method=method)
+        x = torch.randn(32, 3, 9, 9)
+        y = torch.randint(0, 10, (32,))
+        opt = torch.optim.Adam(net.parameters(), 0.005)
+        scaler = torch.amp.GradScaler('cpu', enabled=enabled and dtype == torch.float16, init_scale=2.**10)
         for step in range(25):
             with torch.autocast('cpu', dtype=dtype, enabled=enabled): loss = F.cross_entropy(net(x).float(), y)
             opt.zero_grad(); scaler.scale(loss).backward(); scaler.step(opt); scaler.update()
@@ -332,7 +356,8 @@ def test_kernels_are_sampled_and_transformed_in_float32_under_autocast():
     loss = layer(x.float()).square().sum()
     want = torch.autograd.grad(loss, list(layer.parameters()))
     loss = layer(x.float()).square().sum()
-    with torch.autocast('cpu', dtype=torch.bfloat16): got = torch.autograd.grad(loss, list(layer.parameters()))     # a backward pass that was put inside by mistake
+    # a backward pass that was put inside by mistake
+    with torch.autocast('cpu', dtype=torch.bfloat16): got = torch.autograd.grad(loss, list(layer.parameters()))
     assert relative_gap(got, want) < 0.05
 
 
@@ -361,7 +386,8 @@ def test_competitors_compute_the_same():
     assert relative_gap([with_forward(net, plain)(x)], [net(x)]) < 1e-4
 
 
-@pytest.mark.parametrize('name,shape,kw', [('flexnet3', (3, 3, 16, 16), dict(width=6, kernel_size=17, sigma=0.3)), ('flextcn2', (2, 2, 40), dict(kernel_size=40, sigma=0.3)),
+@pytest.mark.parametrize('name,shape,kw', [('flexnet3', (3, 3, 16, 16), dict(width=6, kernel_size=17, sigma=0.3)),
+                                           ('flextcn2', (2, 2, 40), dict(kernel_size=40, sigma=0.3)),
                                            ('ckcnn7_siren', (2, 1, 9, 9), dict(width=4, kernel_size=9))])
 def test_exports_run_elsewhere(name, shape, kw, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
@@ -377,7 +403,9 @@ def test_exports_run_elsewhere(name, shape, kw, tmp_path):
     for batch in (1, 2, 7):
         x = torch.randn(batch, *shape[1:])
         want = net(x).detach()
-        for got in (program(x).detach(), torch.from_numpy(session.run(None, dict(x=x.numpy()))[0]), bake(net)(x).detach()): assert relative_gap([got], [want]) < 1e-5
+        for got in (program(x).detach(), torch.from_numpy(session.run(None, dict(x=x.numpy()))[0]),
+                    bake(net)(x).detach()):
+            assert relative_gap([got], [want]) < 1e-5
 
 
 def test_parameters_borrowed_for_one_call_are_seen(monkeypatch):
