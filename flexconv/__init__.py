@@ -1,6 +1,7 @@
 """Convolutions whose kernel is a continuous function and whose size is learned.
 
-The layers and models, without fastai; training, data and plots are in `flexconv.all`. Written by hand: nbdev only keeps the version up to date.
+The layers and models, without fastai; training, data and plots are in `flexconv.all`.
+Written by hand: nbdev only keeps the version up to date.
 """
 __version__ = "0.1.0"
 

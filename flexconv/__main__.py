@@ -13,7 +13,7 @@ from importlib import import_module
 commands = dict(train='cli', eval='cli', predict='predict', export='cli', bench='bench')      # and their modules
 
 def find_command(argv):
-    "The command that `argv` names; the rest become its options. Exits with the usage, code 0 or 2, where it names none."
+    "The command that `argv` names; the rest become its options. Exits with the usage, code 0 or 2, if it names none."
     if not argv or argv[0] not in commands:
         asked = argv in (['-h'], ['--help'])
         print(f'usage: python -m flexconv {{{",".join(commands)}}} ...', file=sys.stdout if asked else sys.stderr)

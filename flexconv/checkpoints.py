@@ -25,7 +25,7 @@ from .files import bare_model, bare_names, state_dict_mismatch, write_atomically
 
 # %% ../nbs/44_checkpoints.ipynb #e4fd45b4
 def train_dl(learn):
-    "The `DataLoader` of the training set that draws random numbers: the one inside, where a `DistributedDL` is around it."
+    "The `DataLoader` of the training set that draws random numbers: the one inside of a `DistributedDL`."
     return getattr(learn.dls.train, 'dl', learn.dls.train)
 
 def random_state(learn):
@@ -97,8 +97,8 @@ def read_checkpoint(path):
 def load_checkpoint(learn,     # a `Learner` made as the one that was saved
                     path,      # a file of `save_checkpoint`
                    ):
-    """Restore a checkpoint, or where it is damaged, with a warning that names it, the previous one. Returns the number of
-    epochs done, for `fit_cosine(..., start_epoch=...)`, and the rows recorded in them."""
+    """Restore a checkpoint, or where it is damaged, with a warning that names it, the previous one. Returns the number
+    of epochs done, for `fit_cosine(..., start_epoch=...)`, and the rows recorded in them."""
     try: state = read_checkpoint(path)
     except (ValueError, FileNotFoundError) as e:
         backup = backup_path(path)

@@ -123,7 +123,7 @@ class ImageTensors(ImageSet):
     source = image
 
     def take(self, images):
-        "These images in place of ours: uint8 tensors or arrays `(C, H, W)` of one size; files and PIL images are resized."
+        "These images in place of ours: uint8 tensors or arrays `(C, H, W)` of one size; others are resized."
         old = self.x
         images = [as_pixels(i, old.shape[1:]).as_subclass(torch.Tensor) for i in images]
         for i in images:
@@ -444,7 +444,7 @@ def open_image(source):    # path, bytes, `PIL.Image`, uint8 array `(H, W)` or `
 # %% ../nbs/40_data.ipynb #dfac2caa
 def as_pixels(item,     # path, bytes or `PIL.Image`; or an array or tensor, which stays as it is
               shape):   # (C, H, W) of the images that a network knows
-    "An image as a tensor `(C, H, W)`: files and PIL images in the channels and size of `shape`, resized with antialiasing."
+    "An image as a tensor `(C, H, W)`: files and PIL images with the channels and size of `shape`, antialiased."
     if not isinstance(item, (str, Path, bytes, Image.Image)): return torch.as_tensor(item)
     channels, height, width = shape
     im = open_image(item).convert('L' if channels == 1 else 'RGB')

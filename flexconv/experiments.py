@@ -37,7 +37,8 @@ def check_config(cfg):
     for name in ('dropout', 'sigma', 'valid_pct', 'input_scale', 'scale'):
         if name in given: check_number(given[name], name)
     for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive', 'init'):
-        if name in given and not isinstance(given[name], str): raise ValueError(f'{name} must be text; got {given[name]!r}')
+        if name in given and not isinstance(given[name], str):
+            raise ValueError(f'{name} must be text; got {given[name]!r}')
     if not isinstance(given.get('test_sizes', []), list):
         raise ValueError(f'test_sizes must be a list of ints; got {given["test_sizes"]!r}')
     for size in given.get('test_sizes', []): check_int(size, 'test_sizes', minimum=2)
@@ -115,8 +116,9 @@ def resolve_config(experiment,    # name of an experiment, or None
     elif f'{data}-{model}' in known: chosen = known[f'{data}-{model}']
     elif data in known: chosen = known[data]
     elif data in sequence_sets: chosen = known[f'{data}-flextcn2']
-    else: chosen = dict(model='flexnet3', epochs=30)                                 # a folder
-    if model not in (None, chosen.get('model')):                                     # what was chosen for another network
-        former = {'sigma'} | (set(model_registry[chosen['model']].settings) if chosen.get('model') in model_registry else set())
+    else: chosen = dict(model='flexnet3', epochs=30)               # a folder
+    if model not in (None, chosen.get('model')):                   # what was chosen for another network
+        former = {'sigma'}
+        if chosen.get('model') in model_registry: former |= set(model_registry[chosen['model']].settings)
         chosen = {k: v for k, v in chosen.items() if k not in former}
     return check_config(base_config | chosen | options)

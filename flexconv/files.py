@@ -23,7 +23,8 @@ import torch
 def write_atomically(path,      # where the file shall be
                      data,      # its bytes, or a str
                     ):
-    "Write a file aside, to the disk, and rename it: `path` is whole, whatever happens. An OSError says that it is as it was."
+    """Write a file aside, to the disk, and rename it: `path` is whole, whatever happens.
+    An OSError says that it is as it was."""
     path = Path(path)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
@@ -65,7 +66,8 @@ wrappers = '_orig_mod', 'module'       # of torch.compile; of DataParallel and D
 def bare_model(model):
     "The model inside of what `torch.compile`, `DataParallel` or `DistributedDataParallel` made of it."
     for name in wrappers:
-        if name in model._modules and type(model).__module__.startswith('torch.'): return bare_model(model._modules[name])
+        if name in model._modules and type(model).__module__.startswith('torch.'):
+            return bare_model(model._modules[name])
     return model
 
 def bare_names(weights, known):
@@ -100,11 +102,12 @@ def state_dict_mismatch(model, weights):
 # %% ../nbs/30_files.ipynb #e1ad4e20
 def save_weights(model,          # its state_dict is saved, without the prefixes of `torch.compile` and `nn.parallel`
                  path,           # where the file shall be
-                 about=None,     # what `create_model` shall know of them, see `Trained weights` there: a dict, as JSON has it
+                 about=None,     # what `create_model` shall know of them, see `Trained weights` there: a dict for JSON
                  half=False):    # True: matrices in half precision, for files that are half as large
     "A model's weights as safetensors, with a checksum."
     weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}
-    if half: weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
+    if half:
+        weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
     metadata = dict(sha256=checksum(weights)) | ({} if about is None else dict(flexconv=json.dumps(about)))
     write_atomically(path, safetensors.torch.save(weights, metadata))
 
@@ -122,7 +125,7 @@ def read_weights(path):
 
 # %% ../nbs/30_files.ipynb #730ad6f7
 def load_weights(model, path):
-    "Weights of `save_weights` (or any safetensors) into a model; a ValueError that names the file where it does not fit."
+    "Weights of `save_weights` (or any safetensors) into a model; a ValueError names the file where it does not fit."
     weights, _ = read_weights(path)
     model = bare_model(model)
     weights = bare_names(weights, model.state_dict())

@@ -16,7 +16,7 @@ from .registry import create_model, list_models, register_model
 
 # %% ../nbs/32_flexnet.ipynb #f3dac986
 class Dropout(nn.Dropout):
-    "`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere `nn.Dropout` itself."
+    "`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere `nn.Dropout`."
     def forward(self, x):
         step = round(self.p*2**16)                                         # of 65,536
         if not self.training or step in (0, 2**16) or x.device.type != 'cpu': return super().forward(x)

@@ -30,7 +30,8 @@ from .cache import KernelCache, Window, may_reuse
 def scaled_size(size,      # positions per axis at the resolution of training, a tuple
                 scale,     # new sampling rate / that of training
                 causal):   # may sizes be even?
-    "Positions per axis at another resolution: `(n - 1)*scale + 1`, rounded to the nearest odd number, or for causal kernels to the nearest (ties go up)."
+    """Positions per axis at another resolution: `(n - 1)*scale + 1`, rounded to the nearest odd number,
+    or for causal kernels to the nearest (ties go up)."""
     half = 1 if causal else 2
     return tuple(half*math.floor((n-1)*scale/half + 0.5) + 1 for n in size)
 
@@ -45,10 +46,11 @@ known_positions = lru_cache(maxsize=256)(crop_positions)
 
 # %% ../nbs/21_layers.ipynb #dd58973d
 def sample(module, *args, **kwargs):
-    "`module(*args, **kwargs)` outside autocast, with parameters and buffers in float32 where they are in half precision."
+    "`module(*args, **kwargs)` outside autocast, with parameters and buffers in float32 instead of half precision."
     if args[0].is_meta: return module(*args, **kwargs)               # a device without autocast
     with torch.autocast(args[0].device.type, enabled=False):
-        raised = {name: t.to(at_least_float32(t.dtype)) for tensors in (module.named_parameters(), module.named_buffers())
+        raised = {name: t.to(at_least_float32(t.dtype))
+                  for tensors in (module.named_parameters(), module.named_buffers())
                   for name, t in tensors if t.dtype != at_least_float32(t.dtype)}
         if not raised: return module(*args, **kwargs)
         return torch.func.functional_call(module, raised, args, kwargs)
@@ -63,18 +65,18 @@ def accepts(kernel, argument):
 class ContinuousKernel(nn.Module):
     "A kernel `(*shape, *size)` that is a function of position, sampled on a grid. Base of CKConv."
     def __init__(self,
-                 shape,              # (out_channels, in_channels/groups)
-                 kernel_size,        # positions per axis on [-1, 1], a tuple
-                 kernel,             # kernel network: a registered name, or a callable `(ndim, out_channels, **options)`
-                 options=None,       # dict of further arguments for the kernel network
-                 causal=False,       # True: the last position is the newest sample
+                 shape,            # (out_channels, in_channels/groups)
+                 kernel_size,      # positions per axis on [-1, 1], a tuple
+                 kernel,           # kernel network: a registered name, or a callable `(ndim, out_channels, **options)`
+                 options=None,     # dict of further arguments for the kernel network
+                 causal=False,     # True: the last position is the newest sample
                  device=None, dtype=None):
         super().__init__()
         self.shape, self.kernel_size, self.causal, self.scale = shape, kernel_size, causal, 1.
         placement = dict(device=device, dtype=check_dtype(dtype))
         if not isinstance(options, (dict, type(None))) or set(options or ()) & set(placement):
-            raise ValueError('kernel_options must be a dict without device and dtype, which are arguments of the layer; '
-                             f'got {options!r}')
+            raise ValueError('kernel_options must be a dict without device and dtype, '
+                             f'which are arguments of the layer; got {options!r}')
         taken = {name: value for name, value in placement.items() if accepts(kernel, name)}
         net = create_kernel_network(kernel, len(kernel_size), math.prod(shape), **(options or {}), **taken)
         self.kernel_network = net.to(**{name: value for name, value in placement.items() if value is not None})
@@ -142,7 +144,8 @@ class ContinuousKernel(nn.Module):
     def check_values(self, values):
         "A ValueError if the kernel network gives another number of values than the kernel has."
         if len(values) == math.prod(self.shape): return
-        raise ValueError(f'kernel must give {math.prod(self.shape)} values per position (out_channels * in_channels / groups); '
+        raise ValueError(f'kernel must give {math.prod(self.shape)} values per position '
+                         '(out_channels * in_channels / groups); '
                          f'{type(self.kernel_network).__name__} gave {tuple(values.shape)}')
 
     def kernel(self):
@@ -160,27 +163,28 @@ class CausalConv1d(nn.Conv1d):
 
 # %% ../nbs/21_layers.ipynb #b25f10ed
 class CKConv(ContinuousKernel):
-    "Continuous kernel convolution (Romero et al., 2021): `(B, in_channels, *S)` to `(B, out_channels, *S)`. Base of the 1d, 2d and 3d classes."
+    """Continuous kernel convolution (Romero et al., 2021): `(B, in_channels, *S)` to `(B, out_channels, *S)`.
+    Base of the 1d, 2d and 3d classes."""
     ndim = None    # number of axes; a subclass says
 
     def __init__(self,
-                 in_channels,              # channels of the input
-                 out_channels,             # channels of the output
-                 kernel_size,              # positions on [-1, 1], an int or one per axis: odd, any int where causal
-                 stride=1,                 # an int, or one per axis
-                 padding='same',           # 'same', 'valid', or what to pad for a kernel of `kernel_size`: an int, or one per axis
-                 dilation=1,               # pixels between neighbouring positions, an int, or one per axis
-                 groups=1,                 # as in `nn.ConvNd`
-                 bias=True,                # True: add a learned bias to each output channel, 0 at the start
-                 padding_mode='zeros',     # 'zeros', 'reflect', 'replicate' or 'circular'
-                 device=None,              # as in `nn.ConvNd`
-                 dtype=None,               # as in `nn.ConvNd`
+                 in_channels,           # channels of the input
+                 out_channels,          # channels of the output
+                 kernel_size,           # positions on [-1, 1], an int or one per axis: odd, any int where causal
+                 stride=1,              # an int, or one per axis
+                 padding='same',        # 'same', 'valid', or what to pad for `kernel_size`: an int, or one per axis
+                 dilation=1,            # pixels between neighbouring positions, an int, or one per axis
+                 groups=1,              # as in `nn.ConvNd`
+                 bias=True,             # True: add a learned bias to each output channel, 0 at the start
+                 padding_mode='zeros',  # 'zeros', 'reflect', 'replicate' or 'circular'
+                 device=None,           # as in `nn.ConvNd`
+                 dtype=None,            # as in `nn.ConvNd`
                  *,
-                 kernel='magnet',          # kernel network: a registered name, or a callable `(ndim, out_channels, **kernel_options)`
-                 causal=False,             # 1d only: output t sees inputs up to t
-                 conv_method='auto',       # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
-                 kernel_options=None,      # dict of further arguments for the kernel network
-                 init='paper',             # 'paper', or 'fan_in': rescaled to unit variance of the output
+                 kernel='magnet',       # kernel network: a name, or a callable `(ndim, out_channels, **kernel_options)`
+                 causal=False,          # 1d only: output t sees inputs up to t
+                 conv_method='auto',    # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
+                 kernel_options=None,   # dict of further arguments for the kernel network
+                 init='paper',          # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):
         in_channels, out_channels = check_int(in_channels, 'in_channels'), check_int(out_channels, 'out_channels')
         groups = check_int(groups, 'groups')
@@ -228,7 +232,8 @@ class CKConv(ContinuousKernel):
         if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
         try: return self.convolve(x)
         except (TypeError, ValueError) as e:
-            raise type(e)(f'{e}, in {type(self).__name__}({CKConv.extra_repr(self)}) on x of shape {tuple(x.shape)}') from e
+            layer = f'{type(self).__name__}({CKConv.extra_repr(self)})'
+            raise type(e)(f'{e}, in {layer} on x of shape {tuple(x.shape)}') from e
 
     def convolve(self, x):
         "What `forward` computes."
@@ -236,8 +241,8 @@ class CKConv(ContinuousKernel):
         check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])       # for the size it may grow to
         if may_reuse(): kernel, bounds, spectra = self.kernel_cache.get(lambda: (*self.forward_kernel(), {}), self)
         else: (kernel, bounds), spectra = self.forward_kernel(), None
-        return convolve(x, kernel, self.bias, self.stride, self.cropped_padding(bounds), self.groups, dilation=self.dilation,
-                        padding_mode=self.padding_mode, method=self.conv_method, kept=spectra)
+        return convolve(x, kernel, self.bias, self.stride, self.cropped_padding(bounds), self.groups,
+                        dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method, kept=spectra)
 
     def method(self,
                x,       # as in `forward`
@@ -263,10 +268,12 @@ class CKConv(ContinuousKernel):
         "The `nn.ConvNd` that computes the same now: kernel sampled, cropped and stored; a `CausalConv1d` where causal."
         kernel, pairs = self.kernel(), self.cropped_padding(self.bounds())
         zeros = [0 if self.causal else max(0, -(before//d)) for (before, _), d in zip(pairs, self.dilation)]
-        kernel = nn.functional.pad(kernel, [z for z in reversed(zeros) for _ in (0, 1)])   # nn.ConvNd cannot crop its input
+        # nn.ConvNd cannot crop its input
+        kernel = nn.functional.pad(kernel, [z for z in reversed(zeros) for _ in (0, 1)])
         padding = tuple(before + z*d for (before, _), z, d in zip(pairs, zeros, self.dilation))
         cls = CausalConv1d if self.causal else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.ndim-1]
-        conv = cls(self.in_channels, self.out_channels, tuple(kernel.shape[2:]), self.stride, 0 if self.causal else padding,
+        if self.causal: padding = 0
+        conv = cls(self.in_channels, self.out_channels, tuple(kernel.shape[2:]), self.stride, padding,
                    self.dilation, self.groups, self.bias is not None, self.padding_mode, kernel.device, kernel.dtype)
         conv.weight.copy_(kernel)
         if self.bias is not None: conv.bias.copy_(self.bias)
@@ -306,7 +313,7 @@ class CKConv3d(CKConv):
 envelope_spread = 1.667       # centres of envelopes start within so many sigmas: 1/0.6, of the authors' code
 
 def starting_sigma(sigma, size, kernel_size, threshold, causal):
-    "Initial widths of the mask, one float per axis, from `sigma` or from `size` in pixels; a ValueError where both are given."
+    "Initial widths of the mask, one per axis, from `sigma` or from `size` in pixels; a ValueError if both are given."
     ndim = len(kernel_size)
     if sigma is not None and size is not None: raise ValueError(f'give sigma or size, not both; got {sigma=}, {size=}')
     if sigma is not None: return check_numbers(sigma, ndim, 'sigma')
@@ -318,45 +325,49 @@ def starting_sigma(sigma, size, kernel_size, threshold, causal):
 
 # %% ../nbs/21_layers.ipynb #f71a0e61
 class FlexConv(CKConv):
-    "Convolution with a continuous kernel of learned size (Romero, Bruintjes et al., 2022): `(B, in_channels, *S)` to `(B, out_channels, *S)`."
+    """Convolution with a continuous kernel of learned size (Romero, Bruintjes et al., 2022):
+    `(B, in_channels, *S)` to `(B, out_channels, *S)`."""
     def __init__(self,
-                 in_channels,              # channels of the input
-                 out_channels,             # channels of the output
-                 kernel_size,              # the largest size the kernel can grow to, an int or one per axis: odd, any int where causal
-                 stride=1,                 # an int, or one per axis
-                 padding='same',           # 'same', 'valid', or what to pad for a kernel of `kernel_size`: an int, or one per axis
-                 dilation=1,               # pixels between neighbouring positions, an int, or one per axis
-                 groups=1,                 # as in `nn.ConvNd`
-                 bias=True,                # True: add a learned bias to each output channel, 0 at the start
-                 padding_mode='zeros',     # 'zeros', 'reflect', 'replicate' or 'circular'
-                 device=None,              # as in `nn.ConvNd`
-                 dtype=None,               # as in `nn.ConvNd`
+                 in_channels,           # channels of the input
+                 out_channels,          # channels of the output
+                 kernel_size,           # largest size it can grow to, an int or one per axis: odd, any int where causal
+                 stride=1,              # an int, or one per axis
+                 padding='same',        # 'same', 'valid', or what to pad for `kernel_size`: an int, or one per axis
+                 dilation=1,            # pixels between neighbouring positions, an int, or one per axis
+                 groups=1,              # as in `nn.ConvNd`
+                 bias=True,             # True: add a learned bias to each output channel, 0 at the start
+                 padding_mode='zeros',  # 'zeros', 'reflect', 'replicate' or 'circular'
+                 device=None,           # as in `nn.ConvNd`
+                 dtype=None,            # as in `nn.ConvNd`
                  *,
-                 kernel='magnet',          # kernel network: a registered name, or a callable `(ndim, out_channels, **kernel_options)`
-                 sigma=None,               # initial width of the mask, of [-1, 1]: a number, or one per axis; by default 5 pixels
-                 size=None,                # instead of sigma: initial size in pixels, an int, or one per axis
-                 threshold=0.1,            # the kernel ends where the mask falls below this
-                 causal=False,             # 1d only: output t sees inputs up to t
-                 conv_method='auto',       # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
-                 kernel_options=None,      # dict of further arguments for the kernel network
-                 init='paper',             # 'paper', or 'fan_in': rescaled to unit variance of the output
+                 kernel='magnet',       # kernel network: a name, or a callable `(ndim, out_channels, **kernel_options)`
+                 sigma=None,            # initial width of the mask on [-1, 1], a number or one per axis; else 5 pixels
+                 size=None,             # instead of sigma: initial size in pixels, an int, or one per axis
+                 threshold=0.1,         # the kernel ends where the mask falls below this
+                 causal=False,          # 1d only: output t sees inputs up to t
+                 conv_method='auto',    # 'auto', 'direct', 'fft', 'matmul', 'lowrank' or 'autotune', see `conv_nd`
+                 kernel_options=None,   # dict of further arguments for the kernel network
+                 init='paper',          # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):
         grid = per_axis(kernel_size, self.ndim, 'kernel_size')
-        mask = GaussianMask(self.ndim, 0., float(causal), threshold, device=device, dtype=dtype)    # checks the threshold
+        # first: it checks the threshold
+        mask = GaussianMask(self.ndim, 0., float(causal), threshold, device=device, dtype=dtype)
         widths = starting_sigma(sigma, size, grid, threshold, causal)
         if accepts(kernel, 'mu_range') and isinstance(kernel_options, (dict, type(None))):
             mu_range = min(1., max(envelope_spread*abs(w) for w in widths))
             kernel_options = dict(mu_range=max(mu_range, 1e-3)) | (kernel_options or {})
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-                         device, dtype, kernel=kernel, causal=causal, conv_method=conv_method, kernel_options=kernel_options)
+                         device, dtype, kernel=kernel, causal=causal, conv_method=conv_method,
+                         kernel_options=kernel_options)
         self.mask, self.window = mask, Window()
         with torch.no_grad(): mask.sigma.copy_(torch.tensor(widths))
         if check_choice(init, ('paper', 'fan_in'), 'init') == 'fan_in': self.scale_to_fan_in()
         cutoff = cutoff_in_sigmas(mask.threshold)
         start = crop_size(crop_axis(n, float(causal), abs(w), cutoff, causal) for n, w in zip(grid, widths))
         if all(s == 1 < n for s, n in zip(start, grid)):
-            warnings.warn(f'a kernel of kernel_size={kernel_size} that starts at a single pixel (sigma={sigma}, size={size}) '
-                          f'learns slowly; size={paper_size}, the default, starts it wider', stacklevel=2)
+            warnings.warn(f'a kernel of kernel_size={kernel_size} that starts at a single pixel '
+                          f'(sigma={sigma}, size={size}) learns slowly; '
+                          f'size={paper_size}, the default, starts it wider', stacklevel=2)
 
     def bounds(self):
         "The positions that the mask keeps on each axis, `((start, stop), ...)`."
@@ -364,7 +375,7 @@ class FlexConv(CKConv):
 
     def mask_values(self,
                     bounds,         # the part of the grid, `((start, stop), ...)`
-                    exact=True):    # False: 0 outside of what the mask keeps, with a gradient at the neighbours of one pixel
+                    exact=True):    # False: 0 outside of what the mask keeps; neighbours of one pixel get a gradient
         "The mask on a part of the grid, `(*size)`."
         size, step, positions = self.grid_size, spacing(self.grid_size), self.positions(bounds)
         m = self.mask(positions, step)
@@ -433,12 +444,13 @@ def kernel_sizes(model):
 def require_conv_layers(model, why=''):
     "`conv_layers` of a model; a ValueError where it has none."
     layers = conv_layers(model)
-    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers{why}; {type(model).__name__} has none')
+    if not layers:
+        raise ValueError(f'model must contain CKConv or FlexConv layers{why}; {type(model).__name__} has none')
     return layers
 
 # %% ../nbs/21_layers.ipynb #1d12948d
 def refresh_sizes(model,          # a layer, or a network that contains some
-                  margin=None,    # positions to sample on each side beyond what the mask keeps; by default 3% of half the frame
+                  margin=None,    # positions to sample on each side beyond the mask's; by default 3% of half the frame
                  ):
     "Read the sizes of all FlexConvs of a model in one transfer; for training on a GPU and for compiled training steps."
     if margin is not None: margin = check_int(margin, 'margin', minimum=0)

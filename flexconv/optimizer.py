@@ -25,7 +25,7 @@ def param_groups(model,
                  mask_lr=0.1,         # factor of it for masks
                  weight_decay=0.,     # of weights; masks, biases and the scales of normalisations have none
                 ):
-    "Parameter groups for an optimiser of torch: `[masks, biases and norms, weights]`, those of them that are not empty."
+    "Parameter groups for an optimiser of torch: those of `[masks, biases and norms, weights]` that are not empty."
     check_number(lr, 'lr', 0)
     check_number(mask_lr, 'mask_lr', 0, closed=True)
     check_number(weight_decay, 'weight_decay', 0, closed=True)
@@ -38,14 +38,15 @@ def param_groups(model,
 
 # %% ../nbs/41_optimizer.ipynb #9a0aed2b
 def split_masks(model):
-    "Parameter groups of a model: `[masks, everything else]`, or one group where there are no masks. Frozen parameters too."
+    "Parameter groups of a model, frozen ones too: `[masks, everything else]`, or one group where there are no masks."
     masks = mask_parameters(model)
     rest = [p for p in model.parameters() if not any(p is m for m in masks)]
     return [masks, rest] if masks and rest else [masks or rest]
 
 # %% ../nbs/41_optimizer.ipynb #7f89f5a7
 class MaskAdam(OptimWrapper):
-    "torch's Adam for a fastai `Learner`: the first of two parameter groups at `mask_lr` times the learning rate, undecayed."
+    """torch's Adam for a fastai `Learner`: the first of two parameter groups at `mask_lr` times the learning rate,
+    undecayed."""
     def __init__(self,
                  params,                 # parameter groups of `split_masks`
                  lr,                     # learning rate of everything but masks
@@ -55,7 +56,8 @@ class MaskAdam(OptimWrapper):
                  weight_decay=0.,        # as in `torch.optim.Adam`, for everything but masks
                 ):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
-        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         foreach=True)
         self.set_hyper('wd', weight_decay)
 
     def set_hyper(self, k, v):

@@ -21,12 +21,14 @@ from .cli import check_device, user_errors
 
 # %% ../nbs/64_predict.ipynb #6c39ca10
 def expand(paths):
-    "Files to predict, a list: folders are replaced by the images and arrays in them, sorted. A ValueError where there are none."
+    """Files to predict, a list: folders are replaced by the images and arrays in them, sorted.
+    A ValueError where there are none."""
     files = []
     for path in map(Path, paths):
         if path.is_dir(): files += sorted({*(path/f for f in image_paths(path)), *path.rglob('*.npy')})
         else: files.append(path)
-    if not files: raise ValueError(f'files must name images or folders of images; found none in {", ".join(map(str, paths))}')
+    if not files:
+        raise ValueError(f'files must name images or folders of images; found none in {", ".join(map(str, paths))}')
     return files
 
 # %% ../nbs/64_predict.ipynb #5902b100
@@ -40,7 +42,8 @@ def read_array(path, record):
     if x.ndim != len(shape) or len(x) != shape[0]:
         raise ValueError(f'{path} must have shape {shape} (other lengths are allowed); got {values.shape}')
     if x.dtype == torch.uint8:
-        one = lambda name: torch.tensor(record[name]).repeat_interleave(shape[0]//len(record[name]))    # rows as channels
+        # rows as channels
+        one = lambda name: torch.tensor(record[name]).repeat_interleave(shape[0]//len(record[name]))
         mean, std = (one(name).view(-1, *(1,)*(x.ndim - 1)) for name in ('mean', 'std'))
         x = (x.float()/255 - mean)/std
     if not x.is_floating_point(): raise ValueError(f'{path} must be of 8-bit integers or floats; got {values.dtype}')
@@ -89,6 +92,8 @@ def describe_prediction(path, probabilities, vocab, top):
 def say_prediction(row):
     "Print a row; errors go to stderr."
     if 'error' in row: print(f'flexconv_predict: {row["error"]}', file=sys.stderr)
-    else: print(f'{row["file"]}: ' + ', '.join(f'{name} {100*p:.1f}%' for name, p in row['classes'].items()), flush=True)
+    else:
+        classes = ', '.join(f'{name} {100*p:.1f}%' for name, p in row['classes'].items())
+        print(f'{row["file"]}: {classes}', flush=True)
 
 def as_json(rows): return json.dumps(rows, indent=1)

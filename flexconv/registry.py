@@ -37,12 +37,13 @@ def takes_option(fn, option):
 # %% ../nbs/31_registry.ipynb #dfddea0c
 def register_model(fn=None,         # function `(in_channels, num_classes, **options)`; its name is the model's
                    *,
-                   input=None,      # 'image' or 'sequence': what it reads, `(B, C, H, W)` or `(B, C, L)`; by default either
-                   takes=None,      # options it takes, e.g. ('kernel_size', 'sigma', 'dropout'); by default read from the signature
+                   input=None,      # 'image' or 'sequence': it reads `(B, C, H, W)` or `(B, C, L)`; by default either
+                   takes=None,      # options it takes, e.g. ('kernel_size', 'sigma'); by default those of its signature
                    lr=0.01,         # highest learning rate in training
                    settings=None,   # dict of further settings of training, e.g. dict(kernel_norm=1e-4)
                   ):
-    "Decorator, `@register_model` or `@register_model(input='sequence')`: makes a model available to `create_model` under the function's name."
+    """Decorator, `@register_model` or `@register_model(input='sequence')`: makes a model available to `create_model`
+    under the function's name."""
     if fn is None: return partial(register_model, input=input, takes=takes, lr=lr, settings=settings)
     if input is not None: check_choice(input, ('image', 'sequence'), 'input')
     check_number(lr, 'lr', 0)
@@ -52,24 +53,25 @@ def register_model(fn=None,         # function `(in_channels, num_classes, **opt
 
 # %% ../nbs/31_registry.ipynb #ac7e32a7
 def list_models(pattern='*',          # shell-style, e.g. 'flexnet*'
-                pretrained=False):    # True: names of the trained weights that come with the package, 'flexnet7.cifar10'
+                pretrained=False):    # True: names of the trained weights in the package, e.g. 'flexnet7.cifar10'
     "Names that match, sorted: of the registered models, or of trained ones."
     return sorted(name for name in (shipped_weights() if pretrained else model_registry) if fnmatch(name, pattern))
 
 # %% ../nbs/31_registry.ipynb #da4841bc
-def create_model(name,                 # see `list_models`; 'flexnet7.cifar10' is 'flexnet7' with pretrained='cifar10'
-                 in_channels=None,     # channels of the input; by default 3, or those of the trained weights
-                 num_classes=None,     # length of the scores; by default 10, or as trained. Others: a new, untrained head
-                 pretrained=None,      # trained weights: the data they come with, a file, a run folder, a URL; True: the only ones
-                 **kwargs):            # further arguments of the network and its convolutions
-    """A network by name, untrained or trained. Raises ValueError for a name that nobody registered and for weights that do
-    not fit, TypeError for an argument it does not take."""
+def create_model(name,                # see `list_models`; 'flexnet7.cifar10' is 'flexnet7' with pretrained='cifar10'
+                 in_channels=None,    # channels of the input; by default 3, or those of the trained weights
+                 num_classes=None,    # length of the scores, by default 10 or as trained; others: a new, untrained head
+                 pretrained=None,     # trained weights: their data, a file, a run folder, a URL; True: the only ones
+                 **kwargs):           # further arguments of the network and its convolutions
+    """A network by name, untrained or trained. Raises ValueError for a name that nobody registered and for weights
+    that do not fit, TypeError for an argument it does not take."""
     if isinstance(name, str) and '.' in name and pretrained is None: name, _, pretrained = name.partition('.')
     make = model_registry[check_choice(name, model_registry, 'name')].make
     if pretrained is None or pretrained is False:
         return make(3 if in_channels is None else in_channels, 10 if num_classes is None else num_classes, **kwargs)
     weights, about = read_pretrained(find_weights(name, pretrained))
-    if about.get('model', name) != name: raise ValueError(f'pretrained must be weights of {name}; got those of {about["model"]}')
+    if about.get('model', name) != name:
+        raise ValueError(f'pretrained must be weights of {name}; got those of {about["model"]}')
     channels, classes = about.get('in_channels', 3), about.get('num_classes', 10)
     channels = channels if in_channels is None else in_channels
     model = make(channels, classes if num_classes is None else num_classes, **about.get('options', {}) | kwargs)
@@ -90,7 +92,8 @@ def shipped_weights():
 def find_weights(model,      # name of a model
                  source):    # what `create_model` takes as `pretrained`
     "The file that `pretrained` means; a ValueError that says what there is."
-    shipped = {name.partition('.')[2]: path for name, path in shipped_weights().items() if name.partition('.')[0] == model}
+    shipped = {name.partition('.')[2]: path for name, path in shipped_weights().items()
+               if name.partition('.')[0] == model}
     if source is True and len(shipped) == 1: return next(iter(shipped.values()))
     if source in shipped: return shipped[source]
     if str(source).startswith(('http://', 'https://')): return download_weights(str(source))
@@ -98,7 +101,8 @@ def find_weights(model,      # name of a model
     if (path/'model.safetensors').exists(): return path/'model.safetensors'
     if path.is_file(): return path
     choices = ', '.join(map(repr, shipped)) or 'none comes with the package'
-    raise ValueError(f'pretrained must be a trained version of {model} ({choices}), a file, a run folder or a URL; got {source!r}')
+    raise ValueError(f'pretrained must be a trained version of {model} ({choices}), '
+                     f'a file, a run folder or a URL; got {source!r}')
 
 def download_weights(url):
     "The file at a URL, downloaded into the cache of `torch.hub` unless it is there."
@@ -119,5 +123,6 @@ def load_pretrained(model, weights,
     state = model.state_dict()
     weights = bare_names(weights, state)
     if new_head: weights = {name: state[name] if name.startswith('head.') else value for name, value in weights.items()}
-    if differ := state_dict_mismatch(model, weights): raise ValueError(f'pretrained weights do not fit this model: {differ}')
+    if differ := state_dict_mismatch(model, weights):
+        raise ValueError(f'pretrained weights do not fit this model: {differ}')
     model.load_state_dict(weights)

@@ -11,7 +11,7 @@ from .layers import conv_layers, require_conv_layers
 
 # %% ../nbs/23_resolution.ipynb #60ec9cfc
 def set_resolution(model,    # a layer, or a network that contains some
-                   scale,    # sampling rate of the data / that at training: 2 for images with twice as many pixels per axis
+                   scale,    # sampling rate of the data / that at training: 2 for twice as many pixels per axis
                   ):
     """Sample every CKConv and FlexConv of a model for data of another resolution; `scale=1` takes it back.
     No parameter changes. Returns the model."""

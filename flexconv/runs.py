@@ -32,8 +32,8 @@ def size_text(size):
 
 # %% ../nbs/45_runs.ipynb #af28a82b
 class RunRecorder(Callback):
-    """Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch; where several processes
-    train together, the first does."""
+    """Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch; where several
+    processes train together, the first does."""
     order = 56          # after the Recorder and KernelSizes
     def __init__(self,
                  folder,        # an existing folder
@@ -48,7 +48,8 @@ class RunRecorder(Callback):
     def after_epoch(self):
         if not self.losses: return                             # an epoch that was skipped
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
-        values['train_loss'] = to_detach(torch.stack(self.losses).mean()).item()       # of this epoch alone; fastai's is smoothed
+        # of this epoch alone; fastai's is smoothed
+        values['train_loss'] = to_detach(torch.stack(self.losses).mean()).item()
         row = dict(epoch=self.epoch, **{name: f'{v:.6f}' for name, v in values.items() if isinstance(v, float)})
         row |= dict(lr=f'{self.opt.hypers[-1]["lr"]:.3e}', seconds=f'{time.perf_counter() - self.start:.2f}')
         sizes = kernel_sizes(bare_model(self.model))
@@ -90,13 +91,15 @@ def about_run(folder):
 def read_about(path):
     "What a file of trained weights says of itself; a ValueError where it says nothing."
     about = read_pretrained(path)[1]
-    if not {'model', 'data'} <= set(about): raise ValueError(f'{path} does not say which model it belongs to; give create_model its name')
+    if not {'model', 'data'} <= set(about):
+        raise ValueError(f'{path} does not say which model it belongs to; give create_model its name')
     return about
 
 # %% ../nbs/45_runs.ipynb #eddee299
 def load_run(run,            # a run folder; or trained weights: a name of `list_models(pretrained=True)`, or a file
              device=None):   # by default fastai's default device
-    "A `Learner` with the trained model of a run and its transforms, and without its data: for `predict`, `get_preds`, `export`."
+    """A `Learner` with the trained model of a run and its transforms, and without its data: for `predict`, `get_preds`,
+    `export`."""
     if Path(run).is_dir():
         about = about_run(run)
         model = create_model(about['model'], about['in_channels'], about['num_classes'], **about['options'])
@@ -104,7 +107,9 @@ def load_run(run,            # a run folder; or trained weights: a name of `list
         if conv_layers(model): set_resolution(model, about['scale'])
     elif str(run) in shipped_weights(): model = create_model(str(run))
     elif Path(run).is_file(): model = create_model(read_about(run)['model'], pretrained=run)
-    else: raise FileNotFoundError(f'run must be a run folder, a file of weights, or one of {", ".join(shipped_weights())}; got {run}')
+    else:
+        names = ', '.join(shipped_weights())
+        raise FileNotFoundError(f'run must be a run folder, a file of weights, or one of {names}; got {run}')
     about = about if Path(run).is_dir() else model.pretrained_cfg
     dls = record_dls(about['data'], device=device)
     return flex_learner(dls, model.to(dls.device).eval())
@@ -112,5 +117,6 @@ def load_run(run,            # a run folder; or trained weights: a name of `list
 def export_weights(run,     # a run folder
                    path,    # where the file shall be
                    **more): # what else it shall say of itself, e.g. licence and limits
-    "Write the weights of a run as one file that says what it is, with matrices in half precision, for `create_model(..., pretrained=path)`."
+    """Write the weights of a run as one file that says what it is, with matrices in half precision,
+    for `create_model(..., pretrained=path)`."""
     save_weights(load_run(run, 'cpu').model, path, about_run(run) | more, half=True)

@@ -38,7 +38,8 @@ class LayerTable:
         for row, shown in zip(self.rows, self.cells()):
             body += f'<tr><td>{row.get("_icon", "")}</td>'
             body += ''.join(f'<td {style}>{escape(str(v))}</td>' for v in shown.values()) + '</tr>'
-        return (f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        return ('<div style="overflow-x: auto">'
+                f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
                 f'<p>{escape(self.note)}</p>')
 
     def __repr__(self):
@@ -49,7 +50,7 @@ class LayerTable:
 
 # %% ../nbs/51_summary.ipynb #da1a6e5a
 def size_icon(layer):
-    "A layer's frame and the part in use, as a small SVG: the last two axes; of sequences, with the newest sample at the right."
+    "A layer's frame and the part in use, as a small SVG: the last two axes; a sequence's newest sample at the right."
     (r0, r1), (c0, c1) = ((0, 1), *layer.bounds())[-2:]
     rows, columns = (1, *layer.grid_size)[-2:]
     height = 22 if layer.ndim > 1 else 6
@@ -72,7 +73,7 @@ def model_inputs(x, like):
 
 @torch.no_grad()
 def layer_methods(model, x):
-    "The method that each layer takes for an input, several inputs, or an input of a shape, `{name: text}`. Changes nothing."
+    "The method that each layer takes for an input, several, or one of a shape, `{name: text}`. Changes nothing."
     inputs = model_inputs(x, next(model.parameters(), torch.empty(0)))
     model, found = copy.deepcopy(model).eval(), {}
     def ask(name, m, args, kwargs): found.setdefault(name, []).append(m.method(*args, **kwargs))
@@ -95,9 +96,9 @@ def table_row(name, layer, method):
 
 # %% ../nbs/51_summary.ipynb #a6de6ed6
 def layer_table(model,      # a network, or a layer
-                x=None,     # an input of the network, a tuple of several, or the shape of one: for the method of each layer
+                x=None,     # input of the network, a tuple of several, or a shape: for the method of each layer
                ):
-    "The continuous layers of a model: size in pixels (samples for sequences), sigma, method, parameters: a `LayerTable`."
+    "A `LayerTable` of a model's continuous layers: size in pixels (samples for sequences), sigma, method, parameters."
     layers = require_conv_layers(model)
     if on_meta(model): raise ValueError('model must have values; it is on the meta device')
     methods = {name: m.conv_method for name, m in layers.items()} if x is None else layer_methods(model, x)
@@ -106,7 +107,8 @@ def layer_table(model,      # a network, or a layer
 
 # %% ../nbs/51_summary.ipynb #dd19b99b
 def show_as_table(self):
-    "The HTML of `layer_table`, or None, for the tree that any module shows, where there are no continuous layers or no values."
+    """The HTML of `layer_table`, or None, for the tree that any module shows, where there are no continuous layers
+    or no values."""
     return layer_table(self)._repr_html_() if conv_layers(self) and not on_meta(self) else None
 
 FlexNet._repr_html_ = FlexTCN._repr_html_ = show_as_table

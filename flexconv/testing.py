@@ -45,7 +45,8 @@ def test_conv_layer(layer,        # a CKConv or FlexConv
                     x,            # an input for it, with batch
                     eps=1e-4,     # largest difference allowed where values must agree, relative to the largest output
                    ):
-    "Assert what every convolution layer must do: shape, values, gradients, dtype, device, copies, two input sizes, eval as in training."
+    """Assert what every convolution layer must do: shape, values, gradients, dtype, device, copies, two input sizes,
+    eval as in training."""
     y = layer(x)
     eps *= max(1, y.abs().max().item())
     assert_same(y, layer.to_conv()(x), eps)                          # values and shape, against plain torch
@@ -55,7 +56,7 @@ def test_conv_layer(layer,        # a CKConv or FlexConv
     assert_same(layer.eval()(x), train, eps)
     assert_same(layer.kernel(), train_kernel, 0)
     check_copies(layer, x, eps)
-    larger = torch.cat([x, x[..., :5]], -1)                          # a second size in the same layer, and the first again
+    larger = torch.cat([x, x[..., :5]], -1)                          # a second size in the same layer, then the first
     assert_same(layer(larger), layer.to_conv()(larger), eps)
     assert_same(layer(x), y, eps)
     assert_same(layer(x[0]), y[0], eps)                              # without batch
