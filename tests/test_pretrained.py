@@ -7,8 +7,10 @@ from flexconv.registry import read_pretrained, shipped_weights
 from flexconv.runs import load_run
 
 DATA = Path(__file__).parent/'data'
-SAMPLES = dict(cifar10='cifar10', smnist='mnist', pmnist='mnist', scifar10='cifar10', npcifar10='cifar10')      # of each data set
-CORRECT = {'flexnet7.cifar10': 173}                                            # of 200 test images, recorded when it was shipped
+# of each data set
+SAMPLES = dict(cifar10='cifar10', smnist='mnist', pmnist='mnist', scifar10='cifar10', npcifar10='cifar10')
+# of 200 test images, recorded when it was shipped
+CORRECT = {'flexnet7.cifar10': 173}
 
 
 def test_every_shipped_network_has_a_record(): assert list_models(pretrained=True) == sorted(CORRECT)
@@ -23,9 +25,11 @@ def test_a_shipped_network_computes_what_it_did(name):
     model, data = name.split('.')
     sample = np.load(DATA/f'{SAMPLES[data]}_200.npz')
     learn = load_run(name, 'cpu')
-    with torch.no_grad(): scores = torch.cat([learn.model(x) for x, in learn.dls.test_dl(list(sample['images']), bs=50)])
+    with torch.no_grad():
+        scores = torch.cat([learn.model(x) for x, in learn.dls.test_dl(list(sample['images']), bs=50)])
     correct = (scores.argmax(1).numpy() == sample['labels']).sum()
-    assert abs(correct - CORRECT[name]) <= 1, correct                          # rounding may move an image on the border
+    # rounding may move an image on the border
+    assert abs(correct - CORRECT[name]) <= 1, correct
 
 
 @pytest.mark.parametrize('name', sorted(CORRECT))
@@ -49,7 +53,8 @@ def test_both_spellings_and_a_new_head():
 
 
 @pytest.mark.parametrize('wrong,words', [
-    (dict(name='flexnet7.imagenet'), "a trained version of flexnet7 ('cifar10')"), (dict(name='flexnet3.cifar10'), 'none comes with the package'),
+    (dict(name='flexnet7.imagenet'), "a trained version of flexnet7 ('cifar10')"),
+    (dict(name='flexnet3.cifar10'), 'none comes with the package'),
     (dict(name='flexnet7.cifar10', in_channels=1), 'stem.kernel_network.output_linear.weight must have shape'),
     (dict(name='flexnet9.cifar10'), "Did you mean 'flexnet"), (dict(name='flexnet7', pretrained=3), 'got 3')])
 def test_wrong_weights_are_named(wrong, words):

@@ -141,7 +141,8 @@ def patched_classes(function):
 
 def test_own_classes_are_whole():
     "Methods of our classes stand in the class; `@patch` is for the classes of others."
-    nodes = [(file.name, node) for file in (ROOT/'flexconv').glob('*.py') for node in ast.walk(ast.parse(file.read_text()))]
+    nodes = [(file.name, node) for file in (ROOT/'flexconv').glob('*.py')
+             for node in ast.walk(ast.parse(file.read_text()))]
     own = {node.name for _, node in nodes if isinstance(node, ast.ClassDef)}
     functions = [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
     assert any('Learner' in patched_classes(f) for _, f in functions)            # what is looked for is found
