@@ -32,7 +32,9 @@ from .files import *
 from .registry import *
 from .flexnet import *
 from .baselines import *
+from .convert import *
 from .export import *
+from .stream import *
 from .data import *
 from .optimizer import *
 from .callbacks import *

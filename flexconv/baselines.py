@@ -9,20 +9,22 @@ __all__ = ['ScaledBasis', 'gaussian_derivatives', 'GaussianDerivatives', 'Scaled
 
 # %% ../nbs/33_baselines.ipynb #2c1f9c71
 import math
+from functools import partial
 from itertools import product
 import torch
 from torch import nn
 from .kernels import KernelNetwork, PointwiseLinear, register_kernel_network
-from .core import check_number, per_axis
+from .core import check_int, check_number, per_axis, tracing
 from .crop import spacing
-from .layers import CKConv, CausalConv1d, tracing
+from .layers import CKConv, CausalConv1d
 from .flexnet import ResidualBlock, TemporalBlock, flexnet7
 from .registry import register_model
 
 # %% ../nbs/33_baselines.ipynb #dd027827
 class ScaledBasis(KernelNetwork):
-    "Base of kernels that mix fixed functions of learned width `sigma`: products over axes of 1D functions of `x/sigma`."
-    reach = None     # distance in sigmas at which the functions have faded; a subclass says
+    """Base of kernels that mix fixed functions of learned width `sigma`.
+    Each is a product over axes of 1D functions of `x/sigma`."""
+    cutoff = None    # distance in sigmas at which the functions have faded; a subclass sets it
 
     def __init__(self,
                  ndim,             # number of axes of a position
@@ -32,8 +34,10 @@ class ScaledBasis(KernelNetwork):
                  spacing=1.,       # distance between neighbouring positions: values are integrals over such pixels
                  device=None, dtype=None):
         super().__init__(ndim, out_channels, len(indices), 1)
-        self.indices, self.spacing = indices, check_number(spacing, 'spacing', 0)
-        self.log2_sigma = nn.Parameter(torch.tensor(math.log2(check_number(sigma, 'sigma', 0)), device=device, dtype=dtype))
+        self.indices = indices
+        self.spacing = check_number(spacing, 'spacing', 0)
+        log2_sigma = math.log2(check_number(sigma, 'sigma', 0))
+        self.log2_sigma = nn.Parameter(torch.tensor(log2_sigma, device=device, dtype=dtype))
         self.output_linear = PointwiseLinear(len(indices), self.out_channels, bias=False, device=device, dtype=dtype)
 
     @property
@@ -46,18 +50,24 @@ class ScaledBasis(KernelNetwork):
         raise NotImplementedError(f'{type(self).__name__} must define axis_functions()')
 
     def features(self, points):
-        values = self.axis_functions(points/self.sigma)*(self.spacing/self.sigma)           # (functions, D, N)
-        return math.prod(values[list(which), d] for d, which in enumerate(zip(*self.indices)))
+        values = self.axis_functions(points/self.sigma)*(self.spacing/self.sigma)    # (functions, D, N)
+        product = 1
+        for axis in range(self.ndim):
+            which = [index[axis] for index in self.indices]
+            product = product*values[which, axis]                                    # (products, N)
+        return product
 
     def extra_repr(self):
-        return f'{super().extra_repr()}, sigma={"?" if self.log2_sigma.is_meta else f"{self.sigma.item():.3g}"}'
+        sigma = '?' if self.log2_sigma.is_meta else f'{self.sigma.item():.3g}'
+        return f'{super().extra_repr()}, sigma={sigma}'
 
 # %% ../nbs/33_baselines.ipynb #4ca5ba36
 def gaussian_derivatives(u,        # positions in units of sigma, any shape
                          order,    # highest derivative, at least 0
                         ):
-    "Derivatives 0 to `order` of the normal density at `u`, `(order+1, *u.shape)`, in units of sigma: multiplied by `sigma**n`, divided by the density's `1/sigma`."
-    order, = per_axis(order, 1, 'order', minimum=0)
+    """Derivatives 0 to `order` of the normal density at `u`, `(order+1, *u.shape)`, in units of sigma:
+    multiplied by `sigma**n`, divided by the density's `1/sigma`."""
+    order = check_int(order, 'order', minimum=0)
     hermite = [torch.ones_like(u), u]
     for n in range(1, order): hermite.append(u*hermite[n] - n*hermite[n-1])
     signed = torch.stack([(-1)**n*h for n, h in enumerate(hermite[:order+1])])
@@ -66,8 +76,9 @@ def gaussian_derivatives(u,        # positions in units of sigma, any shape
 # %% ../nbs/33_baselines.ipynb #86c6f675
 @register_kernel_network('njet')
 class GaussianDerivatives(ScaledBasis):
-    "Kernel network of the N-Jet: a mix of all derivatives of a Gaussian up to `order` (Jacobsen et al., 2016; Pintea et al., 2021)."
-    reach = 2.       # as Pintea et al. cut them
+    """Kernel network of the N-Jet: a mix of all derivatives of a Gaussian up to `order`
+    (Jacobsen et al., 2016; Pintea et al., 2021)."""
+    cutoff = 2.      # as Pintea et al. cut them
     def __init__(self,
                  ndim,              # number of axes of a position
                  out_channels,      # kernel values per position
@@ -75,17 +86,18 @@ class GaussianDerivatives(ScaledBasis):
                  sigma=0.0625,      # initial width, in units of the frame [-1, 1]
                  spacing=1.,        # distance between neighbouring positions
                  *, device=None, dtype=None):
-        self.order, = per_axis(order, 1, 'order', minimum=0)
-        axes = range(per_axis(ndim, 1, 'ndim')[0])
-        orders = [i for i in product(range(self.order+1), repeat=len(axes)) if sum(i) <= self.order]
+        self.order = check_int(order, 'order', minimum=0)
+        every = product(range(self.order+1), repeat=check_int(ndim, 'ndim'))
+        orders = [index for index in every if sum(index) <= self.order]
         super().__init__(ndim, out_channels, orders, sigma, spacing, device, dtype)
 
     def axis_functions(self, u): return gaussian_derivatives(u, self.order)
 
 # %% ../nbs/33_baselines.ipynb #a60bca69
 class ScaledBasisConv(CKConv):
-    "Base of convolutions whose kernel is a `ScaledBasis` and as large as its functions are wide: `(B, in_channels, *S)` to `(B, out_channels, *S)`."
-    basis = None         # name of the kernel network; a subclass says
+    """Base of convolutions whose kernel is a `ScaledBasis` and as large as its functions are wide,
+    `(B, in_channels, *S)` to `(B, out_channels, *S)`."""
+    basis = None         # name of the kernel network; a subclass sets it
 
     def __init__(self,
                  in_channels,              # channels of the input
@@ -95,7 +107,7 @@ class ScaledBasisConv(CKConv):
                  padding='same',           # as in `CKConv`
                  dilation=1,               # an int, or one per axis
                  groups=1,                 # as in `nn.ConvNd`
-                 bias=True,                # add a learned bias to each output channel? starts at 0
+                 bias=True,                # True: add a learned bias to each output channel, 0 at the start
                  padding_mode='zeros',     # as in `nn.ConvNd`
                  device=None, dtype=None,
                  *,
@@ -103,33 +115,38 @@ class ScaledBasisConv(CKConv):
                  conv_method='auto',       # see `conv_nd`
                  init='fan_in',            # 'fan_in': unit variance of the output; 'paper': that of `nn.Linear`
                  **options):               # further arguments of the kernel network
-        size, = per_axis(kernel_size, 1, 'kernel_size', minimum=3)
-        step, = spacing((size,))
+        size = check_int(kernel_size, 'kernel_size', minimum=3)
+        step = spacing((size,))[0]
         options |= dict(sigma=check_number(sigma, 'sigma', 0)*step, spacing=step)
-        super().__init__(in_channels, out_channels, size, stride, padding, dilation, groups, bias, padding_mode, device, dtype,
-                         kernel=self.basis, conv_method=conv_method, kernel_options=options, init=init)
+        super().__init__(in_channels, out_channels, size, stride, padding, dilation, groups, bias, padding_mode,
+                         device, dtype, kernel=self.basis, conv_method=conv_method, kernel_options=options, init=init)
 
     def bounds(self):
         "The positions where the functions have not faded, `((start, stop), ...)`. Of a width that is no number, all."
-        n, network = self.grid_size[0], self.kernel_network
+        n = self.grid_size[0]
+        network = self.kernel_network
         half = n//2
         if not (network.log2_sigma.is_meta or tracing()):          # a program must not depend on values: all
-            reach = network.reach*network.sigma.item()/spacing((n,))[0] + 0.5
-            if reach < half: half = max(math.ceil(reach), 1)
+            cutoff = network.cutoff*network.sigma.item()/spacing((n,))[0] + 0.5
+            if cutoff < half: half = max(math.ceil(cutoff), 1)
         return ((n//2 - half, n//2 + half + 1),)*self.ndim
 
 # %% ../nbs/33_baselines.ipynb #26dfda3b
 class NJetConv1d(ScaledBasisConv):
     "N-Jet convolution of sequences (Pintea et al., 2021), `(B, C, L)`; `order=4` as in `GaussianDerivatives`."
-    ndim, basis = 1, 'njet'
+    ndim = 1
+    basis = 'njet'
+
 class NJetConv2d(ScaledBasisConv):
     "N-Jet convolution of images (Pintea et al., 2021), `(B, C, H, W)`; `order=4` as in `GaussianDerivatives`."
-    ndim, basis = 2, 'njet'
+    ndim = 2
+    basis = 'njet'
 
 # %% ../nbs/33_baselines.ipynb #55be8708
 @register_kernel_network('dilated')
 class DilatedBasis(ScaledBasis):
-    "Kernel network of blurred, dilated kernels: Gaussians of width sigma on a grid of distance 2 sigma (after Shelhamer et al., 2019)."
+    """Kernel network of blurred, dilated kernels: Gaussians of width sigma at distances of 2 sigma
+    (after Shelhamer et al., 2019)."""
     def __init__(self,
                  ndim,              # number of axes of a position
                  out_channels,      # kernel values per position
@@ -137,43 +154,58 @@ class DilatedBasis(ScaledBasis):
                  sigma=0.03125,     # initial width of one Gaussian, in units of the frame [-1, 1]
                  spacing=1.,        # distance between neighbouring positions
                  *, device=None, dtype=None):
-        self.taps, = per_axis(taps, 1, 'taps')
+        self.taps = check_int(taps, 'taps')
         if self.taps % 2 == 0: raise ValueError(f'taps must be odd; got {taps}')
-        self.reach = self.taps + 1.
-        indices = list(product(range(self.taps), repeat=per_axis(ndim, 1, 'ndim')[0]))
+        self.cutoff = self.taps + 1.
+        indices = list(product(range(self.taps), repeat=check_int(ndim, 'ndim')))
         super().__init__(ndim, out_channels, indices, sigma, spacing, device, dtype)
 
-    def axis_functions(self, u): return torch.cat([gaussian_derivatives(u - 2*(t - self.taps//2), 0) for t in range(self.taps)])
+    def axis_functions(self, u):
+        centres = [2*(tap - self.taps//2) for tap in range(self.taps)]
+        return torch.cat([gaussian_derivatives(u - centre, 0) for centre in centres])
 
+# %% ../nbs/33_baselines.ipynb #2a9d36eb
 class DilatedBasisConv2d(ScaledBasisConv):
-    "Convolution of images with a blurred kernel of learned dilation (after Shelhamer et al., 2019), `(B, C, H, W)`; `taps=5` as in `DilatedBasis`, `sigma` in pixels."
-    ndim, basis = 2, 'dilated'
+    """Convolution of images with a blurred kernel of learned dilation (after Shelhamer et al., 2019), `(B, C, H, W)`;
+    `taps=5` as in `DilatedBasis`, `sigma` in pixels."""
+    ndim = 2
+    basis = 'dilated'
 
 # %% ../nbs/33_baselines.ipynb #bc33f78b
 class DeformableConv2d(nn.Module):
-    "Deformable convolution (Dai et al., 2017): torchvision's `DeformConv2d`, with a convolution that predicts the offsets; `(B, in_channels, H, W)` to `(B, out_channels, H', W')`."
-    def __init__(self, in_channels, out_channels,
+    """Deformable convolution (Dai et al., 2017), `(B, in_channels, H, W)` to `(B, out_channels, H', W')`:
+    torchvision's `DeformConv2d`, with a convolution that predicts the offsets."""
+    def __init__(self,
+                 in_channels,            # channels of the input
+                 out_channels,           # channels of the output
                  kernel_size=3,          # taps per axis, odd
-                 stride=1, dilation=1, groups=1, bias=True):
+                 stride=1,               # as in `nn.Conv2d`
+                 dilation=1,             # as in `nn.Conv2d`
+                 groups=1,               # of the convolution, not of the offsets
+                 bias=True,              # True: add a learned bias to each output channel
+                ):
         super().__init__()
         from torchvision.ops import DeformConv2d         # here, so that `import flexconv` brings no torchvision
-        size, = per_axis(kernel_size, 1, 'kernel_size')
+        size = check_int(kernel_size, 'kernel_size')
         if size % 2 == 0: raise ValueError(f'kernel_size must be odd; got {kernel_size}')
         dilation = per_axis(dilation, 2, 'dilation')
         padding = tuple(d*(size//2) for d in dilation)
         self.offset = nn.Conv2d(in_channels, 2*size*size, size, stride, padding, dilation)
         self.conv = DeformConv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias)
-        nn.init.zeros_(self.offset.weight); nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
 
     def forward(self, x): return self.conv(x, self.offset(x))
 
 # %% ../nbs/33_baselines.ipynb #ebf9051a
 class PadShortcut(nn.Module):
-    "Every second pixel, and zeros for new channels: `(B, in_channels, H, W)` to `(B, out_channels, H/2, W/2)` (option A of He et al., 2016)."
+    """Every second pixel, and zeros for new channels (option A of He et al., 2016):
+    `(B, in_channels, H, W)` to `(B, out_channels, H/2, W/2)`."""
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.new = out_channels - in_channels
-    def forward(self, x): return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
+        self.new_channels = out_channels - in_channels
+
+    def forward(self, x): return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
 
 # %% ../nbs/33_baselines.ipynb #bafe1e3c
 def conv3x3(in_channels, out_channels, stride=1):
@@ -184,7 +216,8 @@ def conv3x3(in_channels, out_channels, stride=1):
 
 # %% ../nbs/33_baselines.ipynb #c7f6b754
 class CIFARResNet(nn.Module):
-    "Residual network for small images (He et al., 2016, section 4.2): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
+    """Residual network for small images (He et al., 2016, section 4.2):
+    images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
     def __init__(self,
                  in_channels=3,      # channels of the images
                  num_classes=10,     # length of the scores
@@ -192,12 +225,18 @@ class CIFARResNet(nn.Module):
                  width=16,           # channels of the first stage
                  conv=conv3x3):      # makes a convolution from `(in_channels, out_channels, stride)`
         super().__init__()
-        depth, width = (per_axis(v, 1, n, minimum=m)[0] for v, n, m in ((depth, 'depth', 8), (width, 'width', 1)))
+        depth = check_int(depth, 'depth', minimum=8)
+        width = check_int(width, 'width')
         if depth % 6 != 2: raise ValueError(f'depth must be 6n + 2; got {depth}')
-        self.stem, self.norm = conv(in_channels, width, 1), nn.BatchNorm2d(width)
-        widths = [width*f for f in (1, 2, 4) for _ in range(depth//6)]
+        self.stem = conv(in_channels, width, 1)
+        self.norm = nn.BatchNorm2d(width)
         new_conv = lambda i, o: conv(i, o, 1 if i == o else 2)
-        self.blocks = nn.Sequential(*(ResidualBlock(i, o, new_conv, nn.BatchNorm2d, PadShortcut, 0.) for i, o in zip([width, *widths], widths)))
+        new_block = lambda i, o: ResidualBlock(i, o, new_conv, nn.BatchNorm2d, PadShortcut, 0.)
+        widths = [width*factor for factor in (1, 1, 2, 4)]
+        self.blocks = nn.Sequential()
+        for i, o in zip(widths, widths[1:]):                    # a stage: its first block may change the width
+            self.blocks.append(new_block(i, o))
+            for _ in range(depth//6 - 1): self.blocks.append(new_block(o, o))
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x):
@@ -221,35 +260,54 @@ def flexnet7_njet(in_channels=3, num_classes=10, width=38, **kwargs):
     "FlexNet-7 with N-Jet layers of order 4."
     return flexnet7(in_channels, num_classes, width, conv=NJetConv2d, **kwargs)
 
-def _njet(**conv_options):
-    "Makes N-Jet layers of order 3 from `(in_channels, out_channels, stride)`."
+# %% ../nbs/33_baselines.ipynb #4db82132
+def njet_conv(**conv_options):
+    "A function `(in_channels, out_channels, stride)` that makes N-Jet layers of order 3."
     options = dict(order=3, bias=False) | conv_options
     return lambda i, o, stride: NJetConv2d(i, o, stride=stride, **options)
 
+# %% ../nbs/33_baselines.ipynb #0fccd38e
 @register_model(input='image', takes=(), lr=0.001)
 def njet_resnet32(in_channels=3, num_classes=10, width=16, **conv_options):
     "CIFARResNet-32 with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
-    return CIFARResNet(in_channels, num_classes, 32, width, _njet(**conv_options))
+    return CIFARResNet(in_channels, num_classes, 32, width, njet_conv(**conv_options))
 
 # %% ../nbs/33_baselines.ipynb #d98ba4d6
 class AllCNN(nn.Sequential):
-    "The all convolutional network with strides (Springenberg et al., 2015, Strided-CNN-C): images `(B, in_channels, H, W)` to scores `(B, num_classes)`."
+    """The all convolutional network with strides (Springenberg et al., 2015, Strided-CNN-C):
+    images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
     def __init__(self,
                  in_channels=3,      # channels of the images
                  num_classes=10,     # length of the scores
                  width=96,           # channels of the first two layers; the others have twice as many
                  dropout=0.5,        # probability, after each convolution with a stride
                  conv=conv3x3):      # makes a convolution from `(in_channels, out_channels, stride)`
-        width, = per_axis(width, 1, 'width')
+        width = check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
-        def block(i, o, stride=1, conv=conv): return nn.Sequential(conv(i, o, stride), nn.BatchNorm2d(o), nn.ReLU(), nn.Dropout(dropout if stride > 1 else 0.))
-        super().__init__(block(in_channels, width), block(width, width, 2), block(width, 2*width), block(2*width, 2*width, 2), block(2*width, 2*width),
-                         block(2*width, 2*width, 1, lambda i, o, stride: nn.Conv2d(i, o, 1)), nn.Conv2d(2*width, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        pointwise = lambda i, o, stride: nn.Conv2d(i, o, 1)
+        def block(i, o, stride=1, conv=conv):
+            p = dropout if stride > 1 else 0.
+            return nn.Sequential(conv(i, o, stride), nn.BatchNorm2d(o), nn.ReLU(), nn.Dropout(p))
+        super().__init__(block(in_channels, width),
+                         block(width, width, stride=2),
+                         block(width, 2*width),
+                         block(2*width, 2*width, stride=2),
+                         block(2*width, 2*width),
+                         block(2*width, 2*width, conv=pointwise),
+                         nn.Conv2d(2*width, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
+# %% ../nbs/33_baselines.ipynb #70d6f855
 @register_model(input='image', takes=('dropout',))
 def njet_allcnn(in_channels=3, num_classes=10, width=96, dropout=0.5, **conv_options):
     "All-CNN with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
-    return AllCNN(in_channels, num_classes, width, dropout, _njet(**conv_options))
+    return AllCNN(in_channels, num_classes, width, dropout, njet_conv(**conv_options))
+
+# %% ../nbs/33_baselines.ipynb #d16fa9a0
+def weight_normed_conv(in_channels, out_channels, kernel_size, dilation):
+    "A causal convolution with weight normalisation, initialised as Bai et al. do."
+    conv = CausalConv1d(in_channels, out_channels, kernel_size, dilation=dilation)
+    nn.init.normal_(conv.weight, 0, 0.01)
+    return nn.utils.parametrizations.weight_norm(conv)
 
 # %% ../nbs/33_baselines.ipynb #8eef56ba
 class TCN(nn.Module):
@@ -262,18 +320,24 @@ class TCN(nn.Module):
                  kernel_size=7,      # time steps of each kernel
                  dropout=0.05):      # probability, in every block, twice
         super().__init__()
-        blocks, width, kernel_size = (per_axis(v, 1, n)[0] for v, n in ((blocks, 'blocks'), (width, 'width'), (kernel_size, 'kernel_size')))
+        blocks = check_int(blocks, 'blocks')
+        width = check_int(width, 'width')
+        kernel_size = check_int(kernel_size, 'kernel_size')
         check_number(dropout, 'dropout', 0, 1, closed=True)
-        def conv(dilation, i, o):
-            new = CausalConv1d(i, o, kernel_size, dilation=dilation)
-            nn.init.normal_(new.weight, 0, 0.01)
-            return nn.utils.parametrizations.weight_norm(new)
-        ins = (in_channels,) + (width,)*(blocks-1)
-        self.blocks = nn.Sequential(*(TemporalBlock(i, width, lambda i, o: conv(2**b, i, o), lambda o: nn.Identity(), lambda i, o: nn.Conv1d(i, o, 1), dropout) for b, i in enumerate(ins)))
+        new_norm = lambda width: nn.Identity()
+        shortcut = lambda i, o: nn.Conv1d(i, o, 1)
+        self.blocks = nn.Sequential()
+        for b in range(blocks):
+            new_conv = partial(weight_normed_conv, kernel_size=kernel_size, dilation=2**b)
+            ins = in_channels if b == 0 else width
+            self.blocks.append(TemporalBlock(ins, width, new_conv, new_norm, shortcut, dropout))
         self.head = nn.Linear(width, num_classes)
 
-    def forward(self, x): return self.head(self.blocks(x)[..., -1])      # (B, num_classes)
+    def forward(self, x):
+        x = self.blocks(x)               # (B, width, L)
+        return self.head(x[..., -1])     # (B, num_classes)
 
+# %% ../nbs/33_baselines.ipynb #31c623b1
 @register_model(input='sequence', takes=('dropout',), lr=0.002)
 def tcn(in_channels=1, num_classes=10, **kwargs):
     "TCN with 8 blocks, as for sequential MNIST in Bai et al. (2018)."

@@ -18,9 +18,8 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
 
 # %% ../nbs/52_jupyter.ipynb #588a42db
-from .core import check_number
-from .layers import FlexConv
-from .layers import conv_layers, kernel_sizes
+from .core import check_int, check_number
+from .layers import FlexConv, kernel_sizes, require_conv_layers
 from .plot import show_kernel, show_kernel_sizes, show_kernels, show_spectra
 
 # %% ../nbs/52_jupyter.ipynb #ea98ef59
@@ -43,22 +42,41 @@ def show_kernel_sizes(self:Learner, ax=None):
 # %% ../nbs/52_jupyter.ipynb #9d6bcd9a
 @patch
 def show_spectra(self:Learner,
-                 oversample=4,      # see `kernel_spectrum`
-                 ax=None):
+                 oversample=4,      # how much finer than the grid of a layer its kernels are sampled
+                 ax=None):          # matplotlib axes
     "`show_spectra` of the Learner's model."
     return show_spectra(get_model(self.model), oversample, ax)
 
+# %% ../nbs/52_jupyter.ipynb #b9cb0466
+try:
+    from IPython import get_ipython
+    from IPython.display import display
+except ImportError: get_ipython = display = None
+
+def in_notebook():
+    "True if an IPython kernel shows what this code displays."
+    return get_ipython is not None and hasattr(get_ipython(), 'kernel')
+
 # %% ../nbs/52_jupyter.ipynb #14435756
 class KernelSizesGraph(Callback):
-    "Draws kernel sizes over epochs during training, in the output of the notebook cell; needs the `KernelSizes` callback, which `flex_learner` adds. Outside of a notebook it does nothing."
-    order, run_valid = 65, False           # after KernelSizes
-    def __init__(self, figsize=(6, 3)): self.figsize, self.shown = figsize, None
+    """Draws kernel sizes over epochs during training, in the output of the notebook cell.
+    Needs the `KernelSizes` callback, which `flex_learner` adds. Outside of a notebook it does nothing."""
+    order = 65                             # after KernelSizes
+    run_valid = False
+
+    def __init__(self,
+                 figsize=(6, 3)):    # in inches
+        self.figsize = figsize
+        self.shown = None
 
     def before_fit(self):
-        if not conv_layers(get_model(self.model)): raise ValueError(f'KernelSizesGraph needs a model with CKConv or FlexConv layers; {type(get_model(self.model)).__name__} has none')
-        if not hasattr(self.learn, 'kernel_sizes'): raise ValueError('KernelSizesGraph needs the callback KernelSizes: make the Learner with flex_learner, or pass cbs=[KernelSizes(), KernelSizesGraph()]')
-        self.run = _in_notebook() and not rank_distrib()
-        self.shown, self.drawn = None, len(self.learn.kernel_sizes.history)
+        require_conv_layers(get_model(self.model))
+        if not hasattr(self.learn, 'kernel_sizes'):
+            raise ValueError('learn must have the callback KernelSizes: make it with flex_learner, '
+                             'or pass cbs=[KernelSizes(), KernelSizesGraph()]')
+        self.run = in_notebook() and not rank_distrib()
+        self.shown = None
+        self.drawn = len(self.learn.kernel_sizes.history)
 
     def after_epoch(self):
         sizes = self.learn.kernel_sizes
@@ -71,34 +89,47 @@ class KernelSizesGraph(Callback):
         if self.shown is None: self.shown = display(fig, display_id=True)
         else: self.shown.update(fig)
 
-# %% ../nbs/52_jupyter.ipynb #b9cb0466
-try: from IPython.display import display
-except ImportError: display = None
+# %% ../nbs/52_jupyter.ipynb #7e720ec9
+def sigma_slider(value,      # where it starts
+                 largest,    # its right end, or `value` where that is larger
+                 name):      # what is written in front of it
+    "An ipywidgets slider for one entry of sigma; an ImportError where ipywidgets is missing."
+    try: from ipywidgets import FloatSlider
+    except ImportError: raise ImportError('explore_sigma needs ipywidgets: pip install ipywidgets') from None
+    return FloatSlider(value, min=min(value, 0.01), max=max(value, largest), step=0.005,
+                       readout_format='.3f', description=name)
 
-def _in_notebook():
-    "Does an IPython kernel show what this code displays?"
-    if display is None: return False
-    from IPython import get_ipython
-    return hasattr(get_ipython(), 'kernel')
+# %% ../nbs/52_jupyter.ipynb #81b4b242
+def check_channel(value,     # what was passed
+                  name,      # name of the argument, for the message
+                  count):    # how many channels there are
+    "A ValueError where `value` is no channel of a layer that has `count` of them."
+    if not 0 <= check_int(value, name, minimum=0) < count:
+        raise ValueError(f'{name} must be at least 0 and below {count}; got {value}')
 
 # %% ../nbs/52_jupyter.ipynb #14a1ac2f
 def explore_sigma(layer,            # a FlexConv of 1 or 2 dimensions
                   out_channel=0,    # which kernel: output channel ...
                   in_channel=0,     # ... and input channel
                   largest=1.):      # right end of the sliders, or the layer's sigma where that is larger
-    "Sliders over the width of a layer's mask on each axis, and its kernel below; an ipywidgets widget. An ImportError where ipywidgets is missing."
+    """Sliders over the width of a layer's mask on each axis, and its kernel below; an ipywidgets widget.
+    An ImportError where ipywidgets is missing."""
     if not isinstance(layer, FlexConv): raise TypeError(f'layer must be a FlexConv; got {type(layer).__name__}')
     if layer.ndim > 2: raise ValueError(f'layer must have 1 or 2 dimensions; got {layer.ndim}')
     check_number(largest, 'largest', 0.01)
-    for name, i, n in (('out_channel', out_channel, layer.out_channels), ('in_channel', in_channel, layer.in_channels//layer.groups)):
-        if not 0 <= i < n: raise ValueError(f'{name} must lie in 0..{n-1}; got {i}')
-    try: from ipywidgets import FloatSlider, interactive
-    except ImportError: raise ImportError('explore_sigma needs ipywidgets: pip install ipywidgets') from None
-    copied = copy.deepcopy(layer).requires_grad_(False)
-    def draw(**sigmas):
-        for i, s in enumerate(sigmas.values()): copied.mask.sigma[i] = s
-        show_kernel(copied, out_channel, in_channel, plt.subplots(figsize=(3, 3) if copied.ndim == 2 else (6, 2))[1])
-        plt.show(); plt.close()
-        return copied.size
+    check_channel(out_channel, 'out_channel', layer.out_channels)
+    check_channel(in_channel, 'in_channel', layer.in_channels//layer.groups)
     names = ['sigma'] if layer.ndim == 1 else ['rows', 'columns']
-    return interactive(draw, **{n: FloatSlider(s, min=min(s, 0.01), max=max(s, largest), step=0.005, readout_format='.3f', description=n) for n, s in zip(names, layer.mask.sigma.abs().tolist())})
+    sigmas = layer.mask.sigma.abs().tolist()
+    sliders = {name: sigma_slider(sigma, largest, name) for name, sigma in zip(names, sigmas)}
+    from ipywidgets import interactive
+    copied = copy.deepcopy(layer).requires_grad_(False)
+    figsize = (6, 2) if layer.ndim == 1 else (3, 3)
+    def draw(**sigmas):
+        copied.mask.sigma.copy_(torch.tensor(list(sigmas.values())))
+        fig, ax = plt.subplots(figsize=figsize)
+        show_kernel(copied, out_channel, in_channel, ax)
+        plt.show()
+        plt.close(fig)
+        return copied.size
+    return interactive(draw, **sliders)

@@ -13,7 +13,9 @@ from flexconv.baselines import CIFARResNet, DeformableConv2d, DilatedBasisConv2d
 from flexconv.conv import LowRankKernel
 from flexconv.data import ImageTensors, get_dls
 from flexconv.distributed import ShardedDL
-from flexconv.export import Stream, convert, export_onnx, export_program
+from flexconv.convert import convert
+from flexconv.export import export_onnx, export_program
+from flexconv.stream import Stream
 from flexconv.flexnet import FlexTCN
 from flexconv.callbacks import AliasingLoss, KernelNorm, kernel_norm
 from flexconv.learner import flex_learner

@@ -3,7 +3,8 @@ import pytest, torch
 from torch import nn
 from torchvision import models
 from flexconv import FlexConv2d
-from flexconv.export import bake, convert, export_onnx, export_program
+from flexconv.convert import convert
+from flexconv.export import bake, export_onnx, export_program
 from flexconv.layers import CKConv
 
 

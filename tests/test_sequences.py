@@ -1,10 +1,11 @@
 "Causal networks: they never look ahead, and a stream gives what the whole sequence gives."
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from flexconv.export import Stream, bake
+from flexconv.export import bake
 from flexconv.registry import create_model, list_models
 from flexconv.layers import kernel_sizes
 from flexconv.layers import FlexConv1d
+from flexconv.stream import Stream
 
 
 @pytest.mark.parametrize('name', list_models('*tcn*'))
@@ -60,7 +61,6 @@ def test_the_mean_of_a_mask_moves_the_kernel_in_time():
 
 def test_stream_of_a_weight_normalised_network():
     "The TCN of Bai et al. on a stream: weight normalisation is resolved, the original keeps it."
-    from flexconv.export import Stream
     torch.manual_seed(0)
     net = create_model('tcn', 2, blocks=3, width=4).eval()
     x = torch.randn(2, 2, 40)
