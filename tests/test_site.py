@@ -52,7 +52,9 @@ class Page:
 
     @property
     def links(self):
-        return re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', re.sub(r'(?<!`)`[^`\n]+`(?!`)(?!\])', '', self.text)) + re.findall(r'(?:href|src)="([^"]+)"', self.text)
+        "Targets of links and pictures. What is written between backticks goes first, whole spans at a time, so that a link in one is none."
+        prose = re.sub(r'(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)', '', self.text)
+        return re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', prose) + re.findall(r'(?:href|src)="([^"]+)"', self.text)
 
     @property
     def anchors(self):
