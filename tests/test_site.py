@@ -232,8 +232,12 @@ def test_cell_options_are_those_of_quarto(site):
 def test_config_names_what_exists(site):
     pages, folder = site
     sources, web = {str(p.source) for p in pages.values()}, CONFIG['website']
-    named = [page for part in web['sidebar']['contents'] for page in ([part] if isinstance(part, str) else part['contents'])]
-    assert len(named) == len(set(named)) and set(named) == sources
+    items = [item for bar in web['sidebar'] for part in bar['contents'] for item in part.get('contents', [part])]
+    named, titles = [item['href'] for item in items], [item['text'] for item in items]
+    assert len(named) == len(set(named)) and set(named) == sources - {'404.ipynb'}
+    assert len(titles) == len(set(titles)), 'two pages with one title'
+    version = web['navbar']['right'][0]['text']
+    assert f'version = {version.removeprefix("v")}\n' in (ROOT/'settings.ini').read_text(), 'the version in the navbar'
     assert all(item['href'] in sources for item in web['navbar']['left'])
     assert web['open-graph']['image'] == web['twitter-card']['image'] == '/images/card.png'      # from the root: pages lie in folders
     themes = [file for theme in CONFIG['format']['html']['theme'].values() for file in theme if '.' in file]
