@@ -273,7 +273,7 @@ def test_text_can_be_read(theme):
     "At least 4.5:1 for all text and ground colours that meet, faded text included."
     named, style = colours(theme), (ROOT/'nbs/styles.css').read_text()
     grounds = {'body-bg': ('body-color', 'link-color', 'text-muted', 'code-color'), 'code-bg': ('code-color', 'link-color'),
-               'code-block-bg': ('body-color', 'text-muted'), 'navbar-bg': ('navbar-fg', 'navbar-hl'), 'footer-bg': ('footer-fg',)}
+               'code-block-bg': ('body-color', 'text-muted'), 'navbar-bg': ('navbar-fg', 'navbar-hl'), 'footer-bg': ('footer-fg',), 'primary': ('btn-color',)}
     for ground, texts in grounds.items():
         for text in texts: assert contrast(named[text], named[ground]) >= 4.5, (text, ground)
     for opacity in re.findall(r'opacity: ([\d.]+)', style): assert contrast(named['body-color'], named['body-bg'], float(opacity)) >= 4.5
