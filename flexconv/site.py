@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['common_arguments', 'is_function_class', 'shown_signature', 'signature_text', 'own_texts', 'module_texts',
-           'argument_texts', 'as_markdown', 'arguments_table', 'TableRenderer', 'ApiPages']
+           'argument_texts', 'as_markdown', 'arguments_table', 'TableRenderer', 'one_header_row', 'ApiPages']
 
 # %% ../nbs/91_site.ipynb #436d56a6
 import ast, functools, inspect, io, re, textwrap, tokenize
@@ -16,7 +16,7 @@ from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 import torch
 
-# %% ../nbs/91_site.ipynb #5abaef8f
+# %% ../nbs/91_site.ipynb #8f805cb6
 class _Shown:
     "A default value that has a name (a function, a class, a module), by it."
     def __init__(self, value): self.name = value.__name__
@@ -40,7 +40,7 @@ def shown_signature(thing):   # a function, a class, or a property
         p.replace(default=_shown_default(p.default))
         for name, p in sig.parameters.items() if name not in hidden])
 
-# %% ../nbs/91_site.ipynb #607c5856
+# %% ../nbs/91_site.ipynb #11e6394f
 def signature_text(name,         # what stands before the parenthesis
                    sig,          # `inspect.Signature`, or None
                    width=88):    # characters in a line
@@ -61,7 +61,7 @@ def signature_text(name,         # what stands before the parenthesis
     returns = '' if sig.return_annotation is sig.empty else f' -> {inspect.formatannotation(sig.return_annotation)}'
     return f'{name}(\n    {body}){returns}'
 
-# %% ../nbs/91_site.ipynb #f495a572
+# %% ../nbs/91_site.ipynb #20f7c813
 common_arguments = {
     'device': 'where parameters and buffers are made, as in torch',
     'dtype': 'floating-point type of parameters and buffers, as in torch',
@@ -78,7 +78,7 @@ common_arguments = {
     'padding_mode': 'as in `nn.ConvNd`',
 }
 
-# %% ../nbs/91_site.ipynb #ec30d29b
+# %% ../nbs/91_site.ipynb #b4879c8d
 def _comments(function):
     "The comment on each line of a definition's head, by line, and the line of each argument."
     source = textwrap.dedent(inspect.getsource(function))
@@ -118,10 +118,10 @@ def argument_texts(thing):    # a function or a class
     return {name: texts.get(name) or common_arguments.get(name) or others.get(name, '')
             for name in (sig.parameters if sig else ())}
 
-# %% ../nbs/91_site.ipynb #b79288ad
+# %% ../nbs/91_site.ipynb #bc38236c
 def as_markdown(text):
-    "A docstring as Markdown: what is not code keeps its stars."
-    return re.sub(r'(`[^`]*`)|\*', lambda m: m[1] or r'\*', inspect.cleandoc(text or ''))
+    "A docstring as Markdown: what is not code keeps its stars and hyphens."
+    return re.sub(r'(`[^`]*`)|\*|--', lambda m: m[1] or '\\' + '\\'.join(m[0]), inspect.cleandoc(text or ''))
 
 def arguments_table(thing):
     "Markdown table of the arguments of a function or class, '' where there are none."
@@ -132,7 +132,7 @@ def arguments_table(thing):
     rows = [f'| {stars.get(kinds[name].kind, "")}{name} | {as_markdown(text).replace("|", chr(92) + "|")} |' for name, text in texts.items()]
     return '\n'.join(['| Argument | Meaning |', '|:----|:--------------------|', *rows])
 
-# %% ../nbs/91_site.ipynb #fcf59de3
+# %% ../nbs/91_site.ipynb #4746b944
 def exported(thing, name, url):
     "The thing as the library has it: nbdev runs the cells of a notebook, so that what it shows belongs to no module."
     found = re.search(r'/(\w+)\.py#', url or '')
@@ -170,7 +170,7 @@ def entry(thing, name):
     else: parts = [f'```python\n{signature_text(label, shown_signature(thing))}\n```', doc, arguments_table(thing)]
     return '\n\n'.join(p for p in parts if p)
 
-# %% ../nbs/91_site.ipynb #0c720c28
+# %% ../nbs/91_site.ipynb #fdcb70c3
 class TableRenderer(BasicMarkdownRenderer):
     "Markdown of `show_doc`: heading, link to the source, signature, docstring, table of arguments, methods."
     def _repr_markdown_(self):
@@ -183,7 +183,17 @@ class TableRenderer(BasicMarkdownRenderer):
         entries = '\n\n'.join(f'{level} {self.nm}.{name}\n\n{source_link(m)}\n\n' + entry(m, f'{self.nm}.{name}') for name, m in methods.items())
         return f'{text}\n\n<details class="methods"><summary>Methods and properties</summary>\n\n:::: {{.methods}}\n\n{entries}\n\n::::\n\n</details>'
 
-# %% ../nbs/91_site.ipynb #acbc462e
+# %% ../nbs/91_site.ipynb #4b7c6800
+def one_header_row(html):
+    "A table of pandas with the names of its index beside those of its columns."
+    def merge(m):
+        rows = [re.findall(r'<th[^>]*>(.*?)</th>', row, re.S) for row in re.findall(r'<tr.*?</tr>', m[0], re.S)]
+        if len(rows) != 2 or len(rows[0]) != len(rows[1]): return m[0]
+        names = [f'{below} ↓ {above} →' if above and below else above or below for above, below in zip(*rows)]
+        return '<thead><tr>' + ''.join(f'<th>{name}</th>' for name in names) + '</tr></thead>'
+    return re.sub(r'<thead>.*?</thead>', merge, html, flags=re.S)
+
+# %% ../nbs/91_site.ipynb #6c61f621
 class ApiPages(Processor):
     "The last step of making a page from a notebook: order of entries, folded sources, links to entries only."
     longest = 15          # lines of a source that stays open
@@ -196,6 +206,7 @@ class ApiPages(Processor):
             if cell.cell_type == 'markdown': cell.source = self.link_entries(cell.source)
             for output in cell.get('outputs', []):
                 data = output.get('data', {})
+                if 'text/html' in data: data['text/html'] = one_header_row(''.join(data['text/html']))
                 if 'text/markdown' in data: data['text/markdown'] = self.link_entries(''.join(data['text/markdown']))
 
     @staticmethod
