@@ -16,7 +16,7 @@ from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 import torch
 
-# %% ../nbs/91_site.ipynb #8f805cb6
+# %% ../nbs/91_site.ipynb #63b89dca
 class _Shown:
     "A default value that has a name (a function, a class, a module), by it."
     def __init__(self, value): self.name = value.__name__
@@ -40,7 +40,7 @@ def shown_signature(thing):   # a function, a class, or a property
         p.replace(default=_shown_default(p.default))
         for name, p in sig.parameters.items() if name not in hidden])
 
-# %% ../nbs/91_site.ipynb #11e6394f
+# %% ../nbs/91_site.ipynb #48f2e06e
 def signature_text(name,         # what stands before the parenthesis
                    sig,          # `inspect.Signature`, or None
                    width=88):    # characters in a line
@@ -61,7 +61,7 @@ def signature_text(name,         # what stands before the parenthesis
     returns = '' if sig.return_annotation is sig.empty else f' -> {inspect.formatannotation(sig.return_annotation)}'
     return f'{name}(\n    {body}){returns}'
 
-# %% ../nbs/91_site.ipynb #20f7c813
+# %% ../nbs/91_site.ipynb #8d5fbd05
 common_arguments = {
     'device': 'where parameters and buffers are made, as in torch',
     'dtype': 'floating-point type of parameters and buffers, as in torch',
@@ -78,7 +78,7 @@ common_arguments = {
     'padding_mode': 'as in `nn.ConvNd`',
 }
 
-# %% ../nbs/91_site.ipynb #b4879c8d
+# %% ../nbs/91_site.ipynb #7d413c49
 def _comments(function):
     "The comment on each line of a definition's head, by line, and the line of each argument."
     source = textwrap.dedent(inspect.getsource(function))
@@ -118,7 +118,7 @@ def argument_texts(thing):    # a function or a class
     return {name: texts.get(name) or common_arguments.get(name) or others.get(name, '')
             for name in (sig.parameters if sig else ())}
 
-# %% ../nbs/91_site.ipynb #bc38236c
+# %% ../nbs/91_site.ipynb #c1e0a8c8
 def as_markdown(text):
     "A docstring as Markdown: what is not code keeps its stars and hyphens."
     return re.sub(r'(`[^`]*`)|\*|--', lambda m: m[1] or '\\' + '\\'.join(m[0]), inspect.cleandoc(text or ''))
@@ -132,7 +132,7 @@ def arguments_table(thing):
     rows = [f'| {stars.get(kinds[name].kind, "")}{name} | {as_markdown(text).replace("|", chr(92) + "|")} |' for name, text in texts.items()]
     return '\n'.join(['| Argument | Meaning |', '|:----|:--------------------|', *rows])
 
-# %% ../nbs/91_site.ipynb #4746b944
+# %% ../nbs/91_site.ipynb #15b587a8
 def exported(thing, name, url):
     "The thing as the library has it: nbdev runs the cells of a notebook, so that what it shows belongs to no module."
     found = re.search(r'/(\w+)\.py#', url or '')
@@ -170,7 +170,7 @@ def entry(thing, name):
     else: parts = [f'```python\n{signature_text(label, shown_signature(thing))}\n```', doc, arguments_table(thing)]
     return '\n\n'.join(p for p in parts if p)
 
-# %% ../nbs/91_site.ipynb #fdcb70c3
+# %% ../nbs/91_site.ipynb #204954d5
 class TableRenderer(BasicMarkdownRenderer):
     "Markdown of `show_doc`: heading, link to the source, signature, docstring, table of arguments, methods."
     def _repr_markdown_(self):
@@ -183,7 +183,7 @@ class TableRenderer(BasicMarkdownRenderer):
         entries = '\n\n'.join(f'{level} {self.nm}.{name}\n\n{source_link(m)}\n\n' + entry(m, f'{self.nm}.{name}') for name, m in methods.items())
         return f'{text}\n\n<details class="methods"><summary>Methods and properties</summary>\n\n:::: {{.methods}}\n\n{entries}\n\n::::\n\n</details>'
 
-# %% ../nbs/91_site.ipynb #4b7c6800
+# %% ../nbs/91_site.ipynb #0694f74f
 def one_header_row(html):
     "A table of pandas with the names of its index beside those of its columns."
     def merge(m):
@@ -193,7 +193,7 @@ def one_header_row(html):
         return '<thead><tr>' + ''.join(f'<th>{name}</th>' for name in names) + '</tr></thead>'
     return re.sub(r'<thead>.*?</thead>', merge, html, flags=re.S)
 
-# %% ../nbs/91_site.ipynb #6c61f621
+# %% ../nbs/91_site.ipynb #01e6c0c9
 class ApiPages(Processor):
     "The last step of making a page from a notebook: order of entries, folded sources, links to entries only."
     longest = 15          # lines of a source that stays open

@@ -353,6 +353,6 @@ def test_site_renders_without_a_warning(tmp_path):
     folder = copy_of_the_project(tmp_path)
     done = subprocess.run([Path(sys.executable).parent/'nbdev_docs'], cwd=folder, capture_output=True, text=True)
     log = done.stdout + done.stderr
-    assert done.returncode == 0 and not re.search(r'\bWARN', log), log
+    assert done.returncode == 0 and 'WARN:' not in log, log        # Quarto colours the word
     assert (folder/'README.md').read_text() == (ROOT/'README.md').read_text() and not (folder/'index_files').exists()
     for page in ('index', 'mask', 'reference', 'changelog', 'tutorials/first', 'experiments/results'): assert '<main' in (folder/f'_docs/{page}.html').read_text()
