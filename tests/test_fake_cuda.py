@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from flexconv.callbacks import RefreshSizes
 from flexconv.cache import longest_interval
-from flexconv.flexnet import create_model
+from flexconv.registry import create_model
 from flexconv.layers import conv_layers, refresh_sizes
 
 NETWORKS = {'flexnet3': (2, 3, 32, 32), 'flextcn2': (2, 1, 784)}

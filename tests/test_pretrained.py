@@ -2,7 +2,7 @@
 from pathlib import Path
 import numpy as np, pytest, torch
 from flexconv.files import read_weights
-from flexconv.flexnet import create_model, list_models
+from flexconv.registry import create_model, list_models
 from flexconv.registry import read_pretrained, shipped_weights
 from flexconv.runs import load_run
 

@@ -1,15 +1,15 @@
 "The site, as far as it goes without Quarto: notebooks processed as `nbdev_docs` does before rendering, and every link, anchor, picture and option in them."
-import ast, io, json, re, shutil, subprocess, sys
+import ast, inspect, io, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
-import numpy as np, pytest, yaml
+import numpy as np, pytest, torch, yaml
 from PIL import Image
-from fastcore.docments import docments
 
 ROOT = Path(__file__).parent.parent
 SITE, REPO = 'https://flexconv.github.io/flexconv/', r'https://github\.com/flexconv/flexconv/(?:blob|tree|raw)/main/([^#?]+)'
 CONFIG = yaml.safe_load((ROOT/'_quarto.yml').read_text())
-MODULES = [f'flexconv.{p.stem}' for p in sorted((ROOT/'flexconv').glob('*.py')) if p.stem not in ('__init__', '_modidx', 'all')]
+WITHOUT_TEXT = (Path(__file__).parent/'data/arguments_without_text.txt').read_text().splitlines()    # to be shortened
+MODULES = [f'flexconv.{p.stem}' for p in sorted((ROOT/'flexconv').glob('*.py')) if p.stem not in ('__init__', '_modidx', 'all', 'site')]
 
 
 def copy_of_the_project(folder):
@@ -42,6 +42,7 @@ class Page:
             self.text = '\n\n'.join(t for i, c in enumerate(cells) if i or not front.startswith('---') for t in self.texts(c))
             self.code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
             self.figures = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+        self.raw = self.text
         self.text = re.sub(r'^(`{3,}|~{3,}).*?^\1', '', self.text, flags=re.M | re.S)       # examples of Markdown are not Markdown
 
     @staticmethod
@@ -52,7 +53,9 @@ class Page:
 
     @property
     def links(self):
-        return re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', re.sub(r'(?<!`)`[^`\n]+`(?!`)(?!\])', '', self.text)) + re.findall(r'(?:href|src)="([^"]+)"', self.text)
+        "Targets of links and pictures. What is written between backticks goes first, whole spans at a time, so that a link in one is none."
+        prose = re.sub(r'(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)', '', self.text)
+        return re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', prose) + re.findall(r'(?:href|src)="([^"]+)"', self.text)
 
     @property
     def anchors(self):
@@ -124,22 +127,81 @@ def test_backticked_names_become_links(site):
     assert '[`FlexConv`](https://flexconv.github.io/flexconv/layers.html#flexconv)' in pages[Path('layers.html')].text
 
 
-def test_every_public_name_is_documented_on_its_page(site):
-    "A heading that a link can name, a link to the source, and a table of the arguments where there are some."
-    pages, _ = site
-    shown = re.compile(r'^#{2,4} +([\w.]+)$', re.M)
-    commented = 0
+def public_things():
+    "Module, name and object of every public class and function."
     for name in MODULES:
-        module, page = import_module(name), pages[Path(f'{name.split(".")[1]}.html')]
+        module = import_module(name)
         for public in module.__all__:
             thing = getattr(module, public)
-            if getattr(thing, '__module__', None) != name or not callable(thing): continue
-            assert public in shown.findall(page.text), f'{page.source}: {public}'
-            entry = re.split(r'^#{1,4} ', page.text.split(f'### {public}\n')[1], flags=re.M)[0]
-            named = [n for n, p in docments(thing, full=True).items() if p.get('docment') and n not in ('self', 'return')]
-            assert all(f'| {n} |' in entry for n in named), f'{page.source}: {public}: {named}'
-            commented += len(named)
-    assert commented > 300
+            if getattr(thing, '__module__', None) == name and callable(thing): yield name, public, thing
+
+
+def entry_of(page, name):
+    "The text under the heading that `show_doc` gives a name, up to the next heading."
+    after = re.split(rf'^---\n\n\[source\].*\n\n### {re.escape(name)}\n', page.text, flags=re.M)
+    assert len(after) == 2, f'{page.source}: {len(after) - 1} entries of {name}'
+    return re.split(r'^#{1,6} ', after[1], flags=re.M)[0]
+
+
+def test_every_public_name_has_an_entry_with_its_arguments(site):
+    "A heading that a link can name, and a row with text for each argument that Python's signature has."
+    pages, _ = site
+    without, rows = [], 0
+    for module, public, thing in public_things():
+        page = pages[Path(f'{module.split(".")[1]}.html')]
+        entry = entry_of(page, public)
+        if re.search(r'Takes the arguments of (?:\[)?`', entry): continue
+        for name in expected_arguments(thing):
+            found = re.search(rf'^\| (?:\\\*)*{name} \| *(.*?) *\|$', entry, re.M)
+            assert found, f'{page.source}: {public} has no row for {name}'
+            if not found[1]: without.append(f'{module.split(".")[1]}.{public}: {name}')
+            rows += 1
+    assert rows > 600
+    assert set(without) <= set(WITHOUT_TEXT), '\n'.join(sorted(set(without) - set(WITHOUT_TEXT)))
+
+
+def expected_arguments(thing):
+    "What one passes, by Python's own account: no events of fastai, no context of an autograd function."
+    if isinstance(thing, type) and issubclass(thing, BaseException): return {}
+    function = thing.forward if isinstance(thing, type) and issubclass(thing, torch.autograd.Function) else thing
+    try: parameters = inspect.signature(function).parameters
+    except ValueError: return {}
+    return {n: p for n, p in parameters.items() if n not in ('self', 'ctx', *getattr(thing, '_methods', ()))}
+
+
+SIGNATURE = r'^#{3,4} [\w.]+\n\n(?:\[source\].*\n\n)?```python\n([\w.]+\([^`]*)\n```$'
+
+
+def test_signatures_on_the_pages_are_those_of_python(site):
+    "Same names, kinds and defaults, parsed from the page."
+    pages, _ = site
+    count = 0
+    for page in [p for p in pages.values() if p.name != Path('site.html')]:
+        for shown in re.findall(SIGNATURE, page.raw, re.M):
+            head, rest = shown.split('(', 1)
+            tree = ast.parse(f'def f({rest}: pass').body[0].args
+            module = import_module(f'flexconv.{page.name.stem}')
+            thing = module
+            for part in head.removesuffix('.apply').split('.'): thing = getattr(thing, part)
+            parameters = expected_arguments(thing)
+            kinds = dict(VAR_POSITIONAL=[tree.vararg], VAR_KEYWORD=[tree.kwarg], KEYWORD_ONLY=tree.kwonlyargs,
+                         POSITIONAL_OR_KEYWORD=tree.args, POSITIONAL_ONLY=tree.posonlyargs)
+            for kind, args in kinds.items():
+                expected = [n for n, p in parameters.items() if p.kind.name == kind]
+                assert [a.arg for a in args if a is not None] == expected, f'{page.source}: {shown}'
+            defaults = [ast.unparse(d) for d in [*tree.defaults, *tree.kw_defaults] if d is not None]
+            given = [p.default for p in parameters.values() if p.default is not p.empty]
+            named = [getattr(d, '__name__', None) or repr(d) for d in given]
+            assert defaults == [ast.unparse(ast.parse(n).body[0].value) for n in named], f'{page.source}: {shown}'
+            count += 1
+    assert count > 250
+
+
+def test_search_finds_every_public_name(site):
+    "Quarto's search knows headings of the second level: each name is one, on the page of all names."
+    pages, _ = site
+    heads = re.findall(r'^## (\w+)$', pages[Path('reference.html')].text, re.M)
+    assert sorted(heads) == sorted(public for _, public, _ in public_things())
 
 
 def test_figures_have_captions_and_alternative_texts(site):
@@ -170,14 +232,86 @@ def test_cell_options_are_those_of_quarto(site):
 def test_config_names_what_exists(site):
     pages, folder = site
     sources, web = {str(p.source) for p in pages.values()}, CONFIG['website']
-    named = [page for part in web['sidebar']['contents'] for page in ([part] if isinstance(part, str) else part['contents'])]
-    assert len(named) == len(set(named)) and set(named) == sources
+    items = [item for bar in web['sidebar'] for part in bar['contents'] for item in part.get('contents', [part])]
+    named, titles = [item['href'] for item in items], [item['text'] for item in items]
+    assert len(named) == len(set(named)) and set(named) == sources - {'404.ipynb'}
+    assert len(titles) == len(set(titles)), 'two pages with one title'
+    version = web['navbar']['right'][0]['text']
+    assert f'version = {version.removeprefix("v")}\n' in (ROOT/'settings.ini').read_text(), 'the version in the navbar'
     assert all(item['href'] in sources for item in web['navbar']['left'])
     assert web['open-graph']['image'] == web['twitter-card']['image'] == '/images/card.png'      # from the root: pages lie in folders
-    for file in web['favicon'], 'images/card.png', web['navbar']['logo'], CONFIG['format']['html']['css']: assert (folder/file).is_file(), file
+    themes = [file for theme in CONFIG['format']['html']['theme'].values() for file in theme if '.' in file]
+    for file in web['favicon'], 'images/card.png', web['navbar']['logo'], CONFIG['format']['html']['css'], *themes: assert (folder/file).is_file(), file
     footer = re.findall(r'\]\(([^)]+)\)', ' '.join(web['page-footer'].values()))
     assert footer and all(link.startswith('https://') or link[0] == '/' and link[1:] in sources for link in footer), footer
     assert CONFIG['project']['output-dir'] == '_docs' and set(CONFIG['format']['html']['theme']) == {'light', 'dark'}
+
+
+def colours(theme):
+    "The colours that a theme's file names, as red, green and blue."
+    named = re.findall(r'^\$([\w-]+): #([0-9a-f]{6});', (ROOT/f'nbs/{theme}.scss').read_text(), re.M)
+    return {name: [int(value[i:i + 2], 16) for i in (0, 2, 4)] for name, value in named}
+
+
+def contrast(text, ground, opacity=1.):
+    "Ratio of relative luminances as WCAG 2 defines it, from 1 to 21."
+    def luminance(colour):
+        linear = [v/12.92 if v <= 0.04045 else ((v + 0.055)/1.055)**2.4 for v in (c/255 for c in colour)]
+        return sum(w*v for w, v in zip((0.2126, 0.7152, 0.0722), linear))
+    mixed = [opacity*t + (1 - opacity)*g for t, g in zip(text, ground)]
+    low, high = sorted((luminance(mixed), luminance(ground)))
+    return (high + 0.05)/(low + 0.05)
+
+
+def test_contrast_is_computed_as_wcag_does():
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21) and contrast((9, 9, 9), (9, 9, 9)) == 1
+    assert contrast((0x77, 0x77, 0x77), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)          # the known near miss
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_text_can_be_read(theme):
+    "At least 4.5:1 for all text and ground colours that meet, faded text included."
+    named, style = colours(theme), (ROOT/'nbs/styles.css').read_text()
+    grounds = {'body-bg': ('body-color', 'link-color', 'text-muted', 'code-color'), 'code-bg': ('code-color', 'link-color'),
+               'code-block-bg': ('body-color', 'text-muted'), 'navbar-bg': ('navbar-fg', 'navbar-hl'), 'footer-bg': ('footer-fg',), 'primary': ('btn-color',)}
+    for ground, texts in grounds.items():
+        for text in texts: assert contrast(named[text], named[ground]) >= 4.5, (text, ground)
+    for opacity in re.findall(r'opacity: ([\d.]+)', style): assert contrast(named['body-color'], named['body-bg'], float(opacity)) >= 4.5
+
+
+def rules(sheet):
+    "Selectors and declarations of a style sheet, those inside of @media too."
+    sheet = re.sub(r'/\*.*?\*/', '', sheet, flags=re.S)
+    return [(selector.strip(), dict(re.findall(r'([\w-]+)\s*:\s*([^;]+)', body))) for selector, body in re.findall(r'([^{}]+)\{([^{}]*)\}', sheet)]
+
+
+def grounds_without_text(sheet, ours):
+    "Rules that set a ground but no colour, on tags that hold text and are not reset by our own sheet."
+    reset = [s for s, d in ours if d.get('background', '').startswith('none !important') and d.get('color', '').startswith('inherit')]
+    for selector, declared in rules(sheet):
+        ground = declared.get('background', declared.get('background-color', 'none')).split()[0]
+        if ground in ('none', 'transparent', 'inherit') or 'color' in declared or selector.startswith('progress'): continue
+        if not any(re.split(r'[ :]', selector)[0] in s for s in reset): yield selector
+
+
+def test_style_sheets_leave_colours_to_the_themes(site):
+    "Ours inherit them; those that libraries store in a notebook set no ground without a colour for its text, or ours resets both."
+    pages, _ = site
+    ours = rules((ROOT/'nbs/styles.css').read_text())
+    for selector, declared in ours:
+        assert declared.get('color', 'inherit').split()[0] == 'inherit', selector
+        assert declared.get('background', 'none').split()[0] in ('none', 'white') and ('img' in selector or declared.get('background') != 'white'), selector
+    stored = [sheet for p in pages.values() for sheet in re.findall(r'<style[^>]*>(.*?)</style>', p.raw, re.S)]
+    assert len(stored) > 10 and any('fastprogress' in sheet for sheet in stored)
+    for sheet in stored: assert not list(grounds_without_text(sheet, ours)), list(grounds_without_text(sheet, ours))
+    assert list(grounds_without_text('table.other td { background: #f8f9fa; }', ours)) == ['table.other td']    # it can fail
+
+
+def test_the_body_is_wide_enough_for_the_code():
+    "88 characters of code, and nothing is cut."
+    html, style = CONFIG['format']['html'], dict(rules((ROOT/'nbs/styles.css').read_text()))
+    assert html['grid']['body-width'] == '900px' and html['code-overflow'] == 'wrap'
+    assert style['pre, pre code']['white-space'] == 'pre-wrap'
 
 
 def test_drawings_are_what_their_script_draws():
@@ -217,8 +351,8 @@ def test_every_public_name_has_an_example():
 @pytest.mark.skipif(shutil.which('quarto') is None, reason='Quarto is not installed')
 def test_site_renders_without_a_warning(tmp_path):
     folder = copy_of_the_project(tmp_path)
-    (folder/'README.md').touch()                   # newer than the index: not to be rendered
     done = subprocess.run([Path(sys.executable).parent/'nbdev_docs'], cwd=folder, capture_output=True, text=True)
     log = done.stdout + done.stderr
-    assert done.returncode == 0 and not re.search(r'\bWARN', log), log
+    assert done.returncode == 0 and 'WARN:' not in log, log        # Quarto colours the word
+    assert (folder/'README.md').read_text() == (ROOT/'README.md').read_text() and not (folder/'index_files').exists()
     for page in ('index', 'mask', 'reference', 'changelog', 'tutorials/first', 'experiments/results'): assert '<main' in (folder/f'_docs/{page}.html').read_text()
