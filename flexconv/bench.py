@@ -29,7 +29,7 @@ from .flexnet import plain_conv2d
 from .export import bake
 from .cli import user_errors
 from .files import write_atomically, write_csv
-from .cli import take_both_spellings
+from .cli import prepare_arguments
 
 # %% ../nbs/62_bench.ipynb #d0b5fbee
 def sampled_as_published(layer):
@@ -310,7 +310,7 @@ def keep_rates(device, fitted):
     calibrated_rates.cache_clear()
 
 # %% ../nbs/62_bench.ipynb #d7f8abb4
-take_both_spellings()
+prepare_arguments()
 benchmarks = dict(layers=bench_layers, networks=bench_networks, half=bench_half, memory=bench_memory, long=bench_long)
 
 def machine(device):
