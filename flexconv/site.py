@@ -16,7 +16,7 @@ from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 import torch
 
-# %% ../nbs/91_site.ipynb #63b89dca
+# %% ../nbs/91_site.ipynb #aa764420
 class _Shown:
     "A default value that has a name (a function, a class, a module), by it."
     def __init__(self, value): self.name = value.__name__
@@ -40,7 +40,7 @@ def shown_signature(thing):   # a function, a class, or a property
         p.replace(default=_shown_default(p.default))
         for name, p in sig.parameters.items() if name not in hidden])
 
-# %% ../nbs/91_site.ipynb #48f2e06e
+# %% ../nbs/91_site.ipynb #eb783add
 def signature_text(name,         # what stands before the parenthesis
                    sig,          # `inspect.Signature`, or None
                    width=88):    # characters in a line
@@ -61,7 +61,7 @@ def signature_text(name,         # what stands before the parenthesis
     returns = '' if sig.return_annotation is sig.empty else f' -> {inspect.formatannotation(sig.return_annotation)}'
     return f'{name}(\n    {body}){returns}'
 
-# %% ../nbs/91_site.ipynb #8d5fbd05
+# %% ../nbs/91_site.ipynb #cd8d0beb
 common_arguments = {
     'device': 'where parameters and buffers are made, as in torch',
     'dtype': 'floating-point type of parameters and buffers, as in torch',
@@ -78,7 +78,7 @@ common_arguments = {
     'padding_mode': 'as in `nn.ConvNd`',
 }
 
-# %% ../nbs/91_site.ipynb #7d413c49
+# %% ../nbs/91_site.ipynb #ddc1420e
 def _comments(function):
     "The comment on each line of a definition's head, by line, and the line of each argument."
     source = textwrap.dedent(inspect.getsource(function))
@@ -95,7 +95,7 @@ def own_texts(thing):
     function = thing.__init__ if inspect.isclass(thing) else inspect.unwrap(thing)
     if inspect.isfunction(function):
         try: comments, lines = _comments(function)
-        except (OSError, SyntaxError, IndexError, AttributeError): comments, lines = {}, {}    # no source, or made by a decorator
+        except (OSError, SyntaxError, IndexError, AttributeError): comments, lines = {}, {}    # no source
         for name, line in lines.items():
             if comments.get(line): texts[name] = texts.get(name) or comments[line]
     return texts
@@ -118,7 +118,7 @@ def argument_texts(thing):    # a function or a class
     return {name: texts.get(name) or common_arguments.get(name) or others.get(name, '')
             for name in (sig.parameters if sig else ())}
 
-# %% ../nbs/91_site.ipynb #c1e0a8c8
+# %% ../nbs/91_site.ipynb #934d25fa
 def as_markdown(text):
     "A docstring as Markdown: what is not code keeps its stars and hyphens."
     return re.sub(r'(`[^`]*`)|\*|--', lambda m: m[1] or '\\' + '\\'.join(m[0]), inspect.cleandoc(text or ''))
@@ -129,10 +129,11 @@ def arguments_table(thing):
     if not texts: return ''
     kinds = shown_signature(thing).parameters
     stars = {inspect.Parameter.VAR_POSITIONAL: r'\*', inspect.Parameter.VAR_KEYWORD: r'\*\*'}
-    rows = [f'| {stars.get(kinds[name].kind, "")}{name} | {as_markdown(text).replace("|", chr(92) + "|")} |' for name, text in texts.items()]
+    rows = [f'| {stars.get(kinds[name].kind, "")}{name} | {as_markdown(text).replace("|", chr(92) + "|")} |'
+            for name, text in texts.items()]
     return '\n'.join(['| Argument | Meaning |', '|:----|:--------------------|', *rows])
 
-# %% ../nbs/91_site.ipynb #15b587a8
+# %% ../nbs/91_site.ipynb #d3c86086
 def exported(thing, name, url):
     "The thing as the library has it: nbdev runs the cells of a notebook, so that what it shows belongs to no module."
     found = re.search(r'/(\w+)\.py#', url or '')
@@ -170,7 +171,7 @@ def entry(thing, name):
     else: parts = [f'```python\n{signature_text(label, shown_signature(thing))}\n```', doc, arguments_table(thing)]
     return '\n\n'.join(p for p in parts if p)
 
-# %% ../nbs/91_site.ipynb #204954d5
+# %% ../nbs/91_site.ipynb #d586a53a
 class TableRenderer(BasicMarkdownRenderer):
     "Markdown of `show_doc`: heading, link to the source, signature, docstring, table of arguments, methods."
     def _repr_markdown_(self):
@@ -180,10 +181,12 @@ class TableRenderer(BasicMarkdownRenderer):
         methods = public_methods(thing) if inspect.isclass(thing) else {}
         if not methods: return text
         level = '#'*(self.title_level + 1)
-        entries = '\n\n'.join(f'{level} {self.nm}.{name}\n\n{source_link(m)}\n\n' + entry(m, f'{self.nm}.{name}') for name, m in methods.items())
-        return f'{text}\n\n<details class="methods"><summary>Methods and properties</summary>\n\n:::: {{.methods}}\n\n{entries}\n\n::::\n\n</details>'
+        entries = [f'{level} {self.nm}.{name}\n\n{source_link(m)}\n\n' + entry(m, f'{self.nm}.{name}')
+                   for name, m in methods.items()]
+        summary = '<details class="methods"><summary>Methods and properties</summary>'
+        return '\n\n'.join([text, summary, ':::: {.methods}', *entries, '::::', '</details>'])
 
-# %% ../nbs/91_site.ipynb #0694f74f
+# %% ../nbs/91_site.ipynb #54265ffb
 def one_header_row(html):
     "A table of pandas with the names of its index beside those of its columns."
     def merge(m):
@@ -193,7 +196,7 @@ def one_header_row(html):
         return '<thead><tr>' + ''.join(f'<th>{name}</th>' for name in names) + '</tr></thead>'
     return re.sub(r'<thead>.*?</thead>', merge, html, flags=re.S)
 
-# %% ../nbs/91_site.ipynb #01e6c0c9
+# %% ../nbs/91_site.ipynb #bdaf10bc
 class ApiPages(Processor):
     "The last step of making a page from a notebook: order of entries, folded sources, links to entries only."
     longest = 15          # lines of a source that stays open
@@ -231,7 +234,7 @@ class ApiPages(Processor):
     @staticmethod
     def sorted_run(run):
         "Sources come after the last entry that they define."
-        lines = {re.search(r'show_doc\(([\w.]+)', cell.source)[1].split('.')[-1]: line for line, cell in run if line is not None}
+        lines = {re.search(r'show_doc\((?:\w+\.)*(\w+)', cell.source)[1]: line for line, cell in run if line is not None}
         def place(item):
             line, cell = item
             if line is not None: return line
