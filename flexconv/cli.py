@@ -47,7 +47,7 @@ from .runs import RunRecorder, about_run, load_run, model_options, size_text
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
-from .distributed import all_processes, from_first, use_this_device
+from .distributed import all_processes, broadcast_from_rank0, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table
 from .resolution import set_resolution
 from .export import export_onnx, export_program
@@ -406,7 +406,7 @@ def flexconv_train(
     learn = make_learner(cfg, device)                   # most mistakes show before there is a folder
     if cfg['init'] and resume is None: warm_start(learn, cfg['init'])
     name = f'{Path(cfg["data"]).name}-{cfg["model"]}-seed{cfg["seed"]}'
-    folder = from_first(lambda: new_folder(out, name)) if resume is None else Path(resume)
+    folder = broadcast_from_rank0(lambda: new_folder(out, name)) if resume is None else Path(resume)
     started = time.perf_counter()
     with resumable(folder): train(learn, cfg, folder, resume is not None)
     if rank_distrib(): return

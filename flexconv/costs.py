@@ -239,8 +239,16 @@ def estimate_tiles(x_shape, weight_shape, pairs, dilation, **options):
     return estimates
 
 # %% ../nbs/12_costs.ipynb #e1eb53c7
-def cheapest(x_shape, weight_shape, pairs, stride, dilation, device='cpu', rank=None, dtype=torch.float32,
-             channels_last=False, training=True):
+def cheapest(x_shape,                # of the input, (B, C_in, *S)
+             weight_shape,           # of the kernel, (C_out, C_in/groups, *K)
+             pairs,                  # padding before and after each axis
+             stride,                 # a tuple, one int per axis
+             dilation,               # a tuple, one int per axis
+             device='cpu',           # 'cpu' or 'cuda'
+             rank=None,              # number of basis functions of a `LowRankKernel`, None for a dense kernel
+             dtype=torch.float32,    # of the input
+             channels_last=False,    # memory format of the input
+             training=True):         # True: with a backward pass
     "The method with the smallest estimate and its tile or None, `(method, tile)`; arguments as in `estimate_seconds`."
     shapes = tuple(x_shape), tuple(weight_shape), tuple(map(tuple, pairs)), stride, dilation
     return _cheapest(*shapes, device, rank, dtype, channels_last, training, torch.get_num_threads())

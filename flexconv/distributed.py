@@ -171,6 +171,3 @@ def broadcast_from_rank0(make):    # function without arguments
     torch.distributed.broadcast_object_list(result, 0)
     if isinstance(result[0], Exception): raise result[0]
     return result[0]
-
-# %% ../nbs/46_distributed.ipynb #82329ab4
-from_first = broadcast_from_rank0    # its name until flexconv.cli uses the new one
