@@ -104,6 +104,16 @@ class ImageSet:
         "The same classes without images, as fastai stores with an exported `Learner`."
         return self.with_images([])
 
+# %% ../nbs/40_data.ipynb #dfac2caa
+def as_pixels(item,     # path, bytes or `PIL.Image`; or an array or tensor, which stays as it is
+              shape):   # (C, H, W) of the images that a network knows
+    "An image as a tensor `(C, H, W)`: files and PIL images with the channels and size of `shape`, antialiased."
+    if not isinstance(item, (str, Path, bytes, Image.Image)): return torch.as_tensor(item)
+    channels, height, width = shape
+    im = open_image(item).convert('L' if channels == 1 else 'RGB')
+    if im.size != (width, height): im = im.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(im)).view(height, width, channels).permute(2, 0, 1)
+
 # %% ../nbs/40_data.ipynb #596cfc9a
 class ImageTensors(ImageSet):
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
@@ -440,16 +450,6 @@ def open_image(source):    # path, bytes, `PIL.Image`, uint8 array `(H, W)` or `
     except Exception as e:
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         raise ValueError(f'{name} is not a readable image: {e}') from None
-
-# %% ../nbs/40_data.ipynb #dfac2caa
-def as_pixels(item,     # path, bytes or `PIL.Image`; or an array or tensor, which stays as it is
-              shape):   # (C, H, W) of the images that a network knows
-    "An image as a tensor `(C, H, W)`: files and PIL images with the channels and size of `shape`, antialiased."
-    if not isinstance(item, (str, Path, bytes, Image.Image)): return torch.as_tensor(item)
-    channels, height, width = shape
-    im = open_image(item).convert('L' if channels == 1 else 'RGB')
-    if im.size != (width, height): im = im.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(im)).view(height, width, channels).permute(2, 0, 1)
 
 # %% ../nbs/40_data.ipynb #007b376f
 def _probe(file):

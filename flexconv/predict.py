@@ -65,7 +65,7 @@ def predict_file(learn, path):
 @user_errors
 def flexconv_predict(
     run:str,                             # Run folder, or trained weights: a name of flexconv_train --list, or a file
-    files:Param('Images, folders of images, or arrays (.npy)', str, nargs='+'),    # Images, folders of images, or arrays (.npy)
+    files:Param('', str, nargs='+'),     # Images, folders of images, or arrays (.npy)
     top:int=1,                           # How many classes to name for each file
     device:str=None,                     # cpu, cuda, cuda:1, mps (default: a GPU if there is one)
     json:store_true=False,               # Print JSON: a list of {file, class, probability, classes}, or {file, error}

@@ -10,11 +10,18 @@ __all__ = ['common_arguments', 'is_function_class', 'shown_signature', 'signatur
 import ast, functools, inspect, io, re, textwrap, tokenize
 from importlib import import_module
 from fastcore.docments import docments
+from fastcore.script import Param
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 import torch
+
+# %% ../nbs/91_site.ipynb #1f1488dc
+def shown_annotation(annotation):
+    "The type of an option, where fastcore's `store_true` or `Param` says more; else the annotation."
+    if inspect.isfunction(annotation): return bool
+    return annotation.type if isinstance(annotation, Param) else annotation
 
 # %% ../nbs/91_site.ipynb #aa764420
 class _Shown:
@@ -37,7 +44,7 @@ def shown_signature(thing):   # a function, a class, or a property
     hidden = {'self', 'ctx', *getattr(thing, '_methods', ())}
     returns = sig.empty if inspect.isclass(thing) else sig.return_annotation          # a class gives itself
     return sig.replace(return_annotation=returns, parameters=[
-        p.replace(default=_shown_default(p.default))
+        p.replace(default=_shown_default(p.default), annotation=shown_annotation(p.annotation))
         for name, p in sig.parameters.items() if name not in hidden])
 
 # %% ../nbs/91_site.ipynb #eb783add
@@ -154,7 +161,8 @@ def public_methods(cls):
     plain = lambda m: m.__func__ if isinstance(m, (classmethod, staticmethod)) else m
     found = {name: plain(m) for name, m in vars(cls).items() if name[0] != '_'}
     return {name: m for name, m in found.items()
-            if (inspect.isfunction(m) or isinstance(m, property)) and m.__doc__ and cls.__module__.startswith('flexconv')}
+            if (inspect.isfunction(m) or isinstance(m, property)) and m.__doc__
+            and cls.__module__.startswith('flexconv')}
 
 def takes_its_parents_arguments(cls):
     "The nearest parent whose arguments a class takes, None if it has its own."
@@ -234,7 +242,8 @@ class ApiPages(Processor):
     @staticmethod
     def sorted_run(run):
         "Sources come after the last entry that they define."
-        lines = {re.search(r'show_doc\((?:\w+\.)*(\w+)', cell.source)[1]: line for line, cell in run if line is not None}
+        name_of = lambda cell: re.search(r'show_doc\((?:\w+\.)*(\w+)', cell.source)[1]
+        lines = {name_of(cell): line for line, cell in run if line is not None}
         def place(item):
             line, cell = item
             if line is not None: return line

@@ -1,4 +1,5 @@
-"The site, as far as it goes without Quarto: notebooks processed as `nbdev_docs` does before rendering, and every link, anchor, picture and option in them."
+"""The site, as far as it goes without Quarto: notebooks processed as `nbdev_docs` does before rendering, and every
+link, anchor, picture and option in them."""
 import ast, inspect, io, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
@@ -6,15 +7,18 @@ import numpy as np, pytest, torch, yaml
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SITE, REPO = 'https://flexconv.github.io/flexconv/', r'https://github\.com/flexconv/flexconv/(?:blob|tree|raw)/main/([^#?]+)'
+SITE = 'https://flexconv.github.io/flexconv/'
+REPO = r'https://github\.com/flexconv/flexconv/(?:blob|tree|raw)/main/([^#?]+)'
 CONFIG = yaml.safe_load((ROOT/'_quarto.yml').read_text())
 WITHOUT_TEXT = (Path(__file__).parent/'data/arguments_without_text.txt').read_text().splitlines()    # to be shortened
-MODULES = [f'flexconv.{p.stem}' for p in sorted((ROOT/'flexconv').glob('*.py')) if p.stem not in ('__init__', '_modidx', 'all', 'site')]
+MODULES = [f'flexconv.{p.stem}' for p in sorted((ROOT/'flexconv').glob('*.py'))
+           if p.stem not in ('__init__', '_modidx', 'all', 'site')]
 
 
 def copy_of_the_project(folder):
     "What the site is made of, where nothing else is written to."
-    for name in 'settings.ini setup.py pyproject.toml _quarto.yml README.md CHANGELOG.md CITATION.cff'.split(): shutil.copy(ROOT/name, folder)
+    for name in 'settings.ini setup.py pyproject.toml _quarto.yml README.md CHANGELOG.md CITATION.cff'.split():
+        shutil.copy(ROOT/name, folder)
     ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs', '_proc', '_docs')
     for name in 'nbs', 'flexconv': shutil.copytree(ROOT/name, folder/name, symlinks=True, ignore=ignore)
     return folder
@@ -39,33 +43,42 @@ class Page:
             front = ''.join(cells[0]['source'])
             self.front = yaml.safe_load(front.strip().strip('-')) if front.startswith('---') else {}
             self.name = self.source.with_name(self.front.get('output-file', self.source.with_suffix('.html').name))
-            self.text = '\n\n'.join(t for i, c in enumerate(cells) if i or not front.startswith('---') for t in self.texts(c))
+            self.text = '\n\n'.join(t for i, c in enumerate(cells) if i or not front.startswith('---')
+                                    for t in self.texts(c))
             self.code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-            self.figures = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+            self.figures = [''.join(c['source'])
+                            for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
         self.raw = self.text
-        self.text = re.sub(r'^(`{3,}|~{3,}).*?^\1', '', self.text, flags=re.M | re.S)       # examples of Markdown are not Markdown
+        # examples of Markdown are not Markdown
+        self.text = re.sub(r'^(`{3,}|~{3,}).*?^\1', '', self.text, flags=re.M | re.S)
 
     @staticmethod
     def texts(cell):
         "Markdown and HTML that a cell brings to the page."
         if cell['cell_type'] == 'markdown': return [''.join(cell['source'])]
-        return [''.join(o['data'][k]) for o in cell.get('outputs', []) for k in ('text/markdown', 'text/html') if k in o.get('data', {})]
+        return [''.join(o['data'][k]) for o in cell.get('outputs', []) for k in ('text/markdown', 'text/html')
+                if k in o.get('data', {})]
 
     @property
     def links(self):
-        "Targets of links and pictures. What is written between backticks goes first, whole spans at a time, so that a link in one is none."
+        """Targets of links and pictures. What is written between backticks goes first, whole spans at a time, so that
+        a link in one is none."""
         prose = re.sub(r'(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)', '', self.text)
-        return re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', prose) + re.findall(r'(?:href|src)="([^"]+)"', self.text)
+        return (re.findall(r'\]\(([^()\s]+(?:\([^()\s]*\))?)[^()]*\)', prose)
+                + re.findall(r'(?:href|src)="([^"]+)"', self.text))
 
     @property
     def anchors(self):
-        heads = re.findall(r'(?:\A|\n[ \t]*\n)#{1,6} +(.+?) *(?=\n|\Z)', self.text)             # without a blank line before, it is no heading
-        explicit = re.findall(r'^#.*\{[^}]*#([\w.:-]+)[^}]*\}', self.text, re.M) + re.findall(r'\bid="([^"]+)"', self.text)
+        # without a blank line before, it is no heading
+        heads = re.findall(r'(?:\A|\n[ \t]*\n)#{1,6} +(.+?) *(?=\n|\Z)', self.text)
+        explicit = (re.findall(r'^#.*\{[^}]*#([\w.:-]+)[^}]*\}', self.text, re.M)
+                    + re.findall(r'\bid="([^"]+)"', self.text))
         return set(map(anchor, heads)) | set(explicit)
 
 
 def anchor(heading):
-    "What pandoc makes of a heading: no formatting, no punctuation but `_-.`, hyphens for spaces, nothing before the first letter."
+    """What pandoc makes of a heading: no formatting, no punctuation but `_-.`, hyphens for spaces, nothing before the
+    first letter."""
     text = re.sub(r'\{[^}]*\}', '', re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', heading)).strip().lower()
     return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', text))) or 'section'
 
@@ -77,13 +90,15 @@ def site(tmp_path_factory):
     (folder/'process.py').write_text(PROCESS)
     done = subprocess.run([sys.executable, 'process.py'], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stdout + done.stderr
-    pages = [Page(p, folder/'_proc') for p in sorted((folder/'_proc').rglob('*')) if p.suffix == '.ipynb' or p.name == 'changelog.md']
+    pages = [Page(p, folder/'_proc') for p in sorted((folder/'_proc').rglob('*')) if p.suffix == '.ipynb'
+             or p.name == 'changelog.md']
     return {p.name: p for p in pages}, folder/'_proc'
 
 
 def test_every_notebook_becomes_a_page(site):
     pages, _ = site
-    sources = {p.relative_to(ROOT/'nbs') for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT/'nbs').parts)}
+    sources = {p.relative_to(ROOT/'nbs') for p in (ROOT/'nbs').rglob('*.ipynb')
+               if not any(part[0] in '._' for part in p.relative_to(ROOT/'nbs').parts)}
     assert {p.source for p in pages.values()} == sources | {Path('changelog.md')}
     for p in pages.values():
         if p.source.suffix == '.ipynb': assert p.front.get('title') and p.front.get('description'), p.source
@@ -101,7 +116,9 @@ def misses(page, link, pages, folder):
         base = Path() if link.startswith(SITE) else page.name.parent
         full = Path(*[]) if not path else Path(shutil.os.path.normpath(base/path))
         to = pages.get(full) or next((p for p in pages.values() if p.source == full), None)
-        if to is None: return None if (folder/full).is_file() and full.suffix not in ('.html', '.ipynb') else 'no such page or file'
+        if to is None:
+            other = (folder/full).is_file() and full.suffix not in ('.html', '.ipynb')
+            return None if other else 'no such page or file'
     return None if not fragment or fragment in to.anchors else f'no anchor {fragment} on {to.source}'
 
 
@@ -111,15 +128,21 @@ def test_links_anchors_and_pictures_lead_somewhere(site):
     assert len(links) > 300
     wrong = [f'{p.source}: {link}: {why}' for p, link in links if (why := misses(p, link, pages, folder))]
     assert not wrong, '\n'.join(wrong)
-    for p in pages.values(): assert not (m := re.search(r'\[\[`[^]]*\]\([^)]*\)\]\([^)]*\)', p.text)), f'{p.source}: a link in a link: {m[0]}'
+    for p in pages.values():
+        m = re.search(r'\[\[`[^]]*\]\([^)]*\)\]\([^)]*\)', p.text)
+        assert not m, f'{p.source}: a link in a link: {m[0]}'
 
 
 def test_wrong_links_are_found(site):
     "The test above can fail."
     pages, folder = site
     page = pages[Path('tutorials/first.html')]
-    for good in ('convert.ipynb', '../index.ipynb', '../mask.html', '../mask.html#gaussianmask', SITE + 'conv.html', '../images/logo.svg', 'https://example.org/x'): assert misses(page, good, pages, folder) is None, good
-    for bad in ('mask.html', '../nothing.ipynb', '../mask.html#nothing', '#nothing', SITE + '03_mask.html', '../images/no.png', 'https://github.com/flexconv/flexconv/blob/main/nothing.py'): assert misses(page, bad, pages, folder), bad
+    for good in ('convert.ipynb', '../index.ipynb', '../mask.html', '../mask.html#gaussianmask', SITE + 'conv.html',
+                 '../images/logo.svg', 'https://example.org/x'):
+        assert misses(page, good, pages, folder) is None, good
+    for bad in ('mask.html', '../nothing.ipynb', '../mask.html#nothing', '#nothing', SITE + '03_mask.html',
+                '../images/no.png', 'https://github.com/flexconv/flexconv/blob/main/nothing.py'):
+        assert misses(page, bad, pages, folder), bad
 
 
 def test_backticked_names_become_links(site):
@@ -213,7 +236,8 @@ def test_figures_have_captions_and_alternative_texts(site):
             for line in re.findall(r'^#\| *(fig-.*)$', source, re.M): options |= yaml.safe_load(line)
             for key in ('fig-alt', 'fig-cap'):
                 texts = options.get(key) or ''
-                assert texts and all(len(t) > 20 for t in ([texts] if isinstance(texts, str) else texts)), f'{page.source}: {key} is missing in\n{source}'
+                if isinstance(texts, str): texts = [texts]
+                assert texts and all(len(t) > 20 for t in texts), f'{page.source}: {key} is missing in\n{source}'
             count += 1
     assert count > 50
 
@@ -239,11 +263,14 @@ def test_config_names_what_exists(site):
     version = web['navbar']['right'][0]['text']
     assert f'version = {version.removeprefix("v")}\n' in (ROOT/'settings.ini').read_text(), 'the version in the navbar'
     assert all(item['href'] in sources for item in web['navbar']['left'])
-    assert web['open-graph']['image'] == web['twitter-card']['image'] == '/images/card.png'      # from the root: pages lie in folders
+    # from the root: pages lie in folders
+    assert web['open-graph']['image'] == web['twitter-card']['image'] == '/images/card.png'
     themes = [file for theme in CONFIG['format']['html']['theme'].values() for file in theme if '.' in file]
-    for file in web['favicon'], 'images/card.png', web['navbar']['logo'], CONFIG['format']['html']['css'], *themes: assert (folder/file).is_file(), file
+    for file in web['favicon'], 'images/card.png', web['navbar']['logo'], CONFIG['format']['html']['css'], *themes:
+        assert (folder/file).is_file(), file
     footer = re.findall(r'\]\(([^)]+)\)', ' '.join(web['page-footer'].values()))
-    assert footer and all(link.startswith('https://') or link[0] == '/' and link[1:] in sources for link in footer), footer
+    assert footer and all(link.startswith('https://') or link[0] == '/' and link[1:] in sources
+                          for link in footer), footer
     assert CONFIG['project']['output-dir'] == '_docs' and set(CONFIG['format']['html']['theme']) == {'light', 'dark'}
 
 
@@ -272,39 +299,50 @@ def test_contrast_is_computed_as_wcag_does():
 def test_text_can_be_read(theme):
     "At least 4.5:1 for all text and ground colours that meet, faded text included."
     named, style = colours(theme), (ROOT/'nbs/styles.css').read_text()
-    grounds = {'body-bg': ('body-color', 'link-color', 'text-muted', 'code-color'), 'code-bg': ('code-color', 'link-color'),
-               'code-block-bg': ('body-color', 'text-muted'), 'navbar-bg': ('navbar-fg', 'navbar-hl'), 'footer-bg': ('footer-fg',), 'primary': ('btn-color',)}
+    grounds = {'body-bg': ('body-color', 'link-color', 'text-muted', 'code-color'),
+               'code-bg': ('code-color', 'link-color'),
+               'code-block-bg': ('body-color', 'text-muted'),
+               'navbar-bg': ('navbar-fg', 'navbar-hl'),
+               'footer-bg': ('footer-fg',),
+               'primary': ('btn-color',)}
     for ground, texts in grounds.items():
         for text in texts: assert contrast(named[text], named[ground]) >= 4.5, (text, ground)
-    for opacity in re.findall(r'opacity: ([\d.]+)', style): assert contrast(named['body-color'], named['body-bg'], float(opacity)) >= 4.5
+    for opacity in re.findall(r'opacity: ([\d.]+)', style):
+        assert contrast(named['body-color'], named['body-bg'], float(opacity)) >= 4.5
 
 
 def rules(sheet):
     "Selectors and declarations of a style sheet, those inside of @media too."
     sheet = re.sub(r'/\*.*?\*/', '', sheet, flags=re.S)
-    return [(selector.strip(), dict(re.findall(r'([\w-]+)\s*:\s*([^;]+)', body))) for selector, body in re.findall(r'([^{}]+)\{([^{}]*)\}', sheet)]
+    return [(selector.strip(), dict(re.findall(r'([\w-]+)\s*:\s*([^;]+)', body)))
+            for selector, body in re.findall(r'([^{}]+)\{([^{}]*)\}', sheet)]
 
 
 def grounds_without_text(sheet, ours):
     "Rules that set a ground but no colour, on tags that hold text and are not reset by our own sheet."
-    reset = [s for s, d in ours if d.get('background', '').startswith('none !important') and d.get('color', '').startswith('inherit')]
+    reset = [s for s, d in ours if d.get('background', '').startswith('none !important')
+             and d.get('color', '').startswith('inherit')]
     for selector, declared in rules(sheet):
         ground = declared.get('background', declared.get('background-color', 'none')).split()[0]
-        if ground in ('none', 'transparent', 'inherit') or 'color' in declared or selector.startswith('progress'): continue
+        if ground in ('none', 'transparent', 'inherit') or 'color' in declared or selector.startswith('progress'):
+            continue
         if not any(re.split(r'[ :]', selector)[0] in s for s in reset): yield selector
 
 
 def test_style_sheets_leave_colours_to_the_themes(site):
-    "Ours inherit them; those that libraries store in a notebook set no ground without a colour for its text, or ours resets both."
+    """Ours inherit them; those that libraries store in a notebook set no ground without a colour for its text, or ours
+    resets both."""
     pages, _ = site
     ours = rules((ROOT/'nbs/styles.css').read_text())
     for selector, declared in ours:
         assert declared.get('color', 'inherit').split()[0] == 'inherit', selector
-        assert declared.get('background', 'none').split()[0] in ('none', 'white') and ('img' in selector or declared.get('background') != 'white'), selector
+        assert declared.get('background', 'none').split()[0] in ('none', 'white'), selector
+        assert 'img' in selector or declared.get('background') != 'white', selector
     stored = [sheet for p in pages.values() for sheet in re.findall(r'<style[^>]*>(.*?)</style>', p.raw, re.S)]
     assert len(stored) > 10 and any('fastprogress' in sheet for sheet in stored)
     for sheet in stored: assert not list(grounds_without_text(sheet, ours)), list(grounds_without_text(sheet, ours))
-    assert list(grounds_without_text('table.other td { background: #f8f9fa; }', ours)) == ['table.other td']    # it can fail
+    # it can fail
+    assert list(grounds_without_text('table.other td { background: #f8f9fa; }', ours)) == ['table.other td']
 
 
 def test_the_body_is_wide_enough_for_the_code():
@@ -320,7 +358,9 @@ def test_drawings_are_what_their_script_draws():
     try: import logo
     finally: sys.path.pop(0)
     assert logo.svg(logo.mark()) == (ROOT/'nbs/images/logo.svg').read_text()
-    drawn, saved = (np.asarray(Image.open(f).convert('RGB'), dtype=int) for f in (io.BytesIO(logo.favicon(logo.mark())), ROOT/'nbs/images/favicon.png'))
+    def pixels(file): return np.asarray(Image.open(file).convert('RGB'), dtype=int)
+    drawn = pixels(io.BytesIO(logo.favicon(logo.mark())))
+    saved = pixels(ROOT/'nbs/images/favicon.png')
     assert abs(drawn - saved).max() < 8
     assert (ROOT/'nbs/images/card.png').stat().st_size < 300_000 and len(logo.trained().blocks) == 7
 
@@ -338,7 +378,8 @@ def examples():
                 if isinstance(node, ast.Name): names.add(node.id)
                 elif isinstance(node, ast.Attribute): names.add(node.attr)
                 elif isinstance(node, ast.keyword): names.add(node.arg)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str): names |= set(re.findall(r'\b[a-z]\w+\b', node.value)) if len(node.value) < 40 else set()
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    names |= set(re.findall(r'\b[a-z]\w+\b', node.value)) if len(node.value) < 40 else set()
     return names
 
 
@@ -355,4 +396,5 @@ def test_site_renders_without_a_warning(tmp_path):
     log = done.stdout + done.stderr
     assert done.returncode == 0 and 'WARN:' not in log, log        # Quarto colours the word
     assert (folder/'README.md').read_text() == (ROOT/'README.md').read_text() and not (folder/'index_files').exists()
-    for page in ('index', 'mask', 'reference', 'changelog', 'tutorials/first', 'experiments/results'): assert '<main' in (folder/f'_docs/{page}.html').read_text()
+    for page in ('index', 'mask', 'reference', 'changelog', 'tutorials/first', 'experiments/results'):
+        assert '<main' in (folder/f'_docs/{page}.html').read_text()

@@ -143,7 +143,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     (['flexconv_train', '--model', 'flexnet7_conv3', '--aliasing', '1'], 'must contain'),
     (['flexconv_train', '--experiment', 'cifar10-flexnet8'], 'Did you mean'),
     (['flexconv_train', '--seed', 'x'], 'seed'),
-    (['flexconv_eval', 'nowhere'], 'no config.json'),
+    (['flexconv_eval', 'nowhere'], 'run must be a run folder'),
     (['flexconv_train', '--resume', 'nowhere'], 'no config.json'),
     (['flexconv_eval'], 'run')],
     ids=lambda v: ' '.join(v) if isinstance(v, list) else v)
