@@ -118,7 +118,7 @@ API = [
     ('convert: nothing there', lambda: convert(nn.Linear(2, 2)), ValueError,
      ['model must contain an nn.Conv2d', 'Linear has none']),
     ('export: no batch', lambda: export_program(FlexConv2d(3, 4, 9), torch.randn(3, 3)), ValueError,
-     ['example must be a batch', '[3, 3]']),
+     ['example must be a batch', '(3, 3)']),
     ('export to nowhere', lambda: export_onnx(FlexConv2d(3, 4, 9), 'x', 'y.onnx'), ValueError,
      ['example must be a batch', 'x']),
     ('stream of an image network', lambda: Stream(FlexConv2d(3, 4, 9)), ValueError, ['causal', 'Conv2d']),
