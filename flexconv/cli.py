@@ -463,9 +463,10 @@ def evaluation_data(record,    # of the network that is evaluated
     """`DataLoaders` whose validation set is other data in the form that a network knows.
     A ValueError for classes it does not."""
     if data in data_sets:
-        dls = get_dls(data, path, bs, record.get('resize'), device=device)
-        if list(map(str, dls.vocab)) != record['classes'] or dls.record['mean'] != record['mean']:
-            raise ValueError(f'data must have the classes of {record["name"]}, the data of training; {data} has others')
+        dls = get_dls(data, path, bs, record.get('resize'), seed=record['seed'], device=device)      # of a permutation
+        same = 'classes', 'input_shape', 'mean', 'std', 'sequence'
+        if differ := [name for name in same if dls.record.get(name) != record.get(name)]:
+            raise ValueError(f'data must be like {record["name"]}, the data of training; {data} has other {", ".join(differ)}')
         return dls
     dls = record_dls(record, bs=bs, device=device)
     valid = dls.test_dl(labelled_images(data, record['classes']), with_labels=True)

@@ -9,19 +9,8 @@ __all__ = ['as_flexconv', 'convert']
 import copy
 import torch
 from torch import nn
-from .core import check_int, check_number
-from .mask import cutoff_in_sigmas
-from .crop import spacing
+from .core import check_int
 from .layers import FlexConv2d
-
-# %% ../nbs/34_convert.ipynb #90379fef
-def starting_sigma(shape,         # height and width of the kernel
-                   grid_size,     # height and width of the grid
-                   threshold,     # of the crop
-                  ):
-    "Widths of the mask with which a kernel on a grid of `grid_size` starts with `shape` pixels."
-    cutoff = cutoff_in_sigmas(check_number(threshold, 'threshold', 0, 1))
-    return tuple(pixels/2*step/cutoff for pixels, step in zip(shape, spacing(grid_size)))
 
 # %% ../nbs/34_convert.ipynb #9e3f34e0
 def padding_for(conv,          # an `nn.Conv2d`
@@ -47,8 +36,8 @@ def as_flexconv(conv,            # an `nn.Conv2d` with an odd kernel
         raise ValueError(f'conv must have an odd kernel; got {conv.kernel_size}')
     largest = check_int(kernel_size, 'kernel_size', minimum=3)
     grid_size = tuple(1 if k == 1 else max(largest, k) for k in conv.kernel_size)    # an axis of one pixel keeps it
-    sigma = starting_sigma(conv.kernel_size, grid_size, options.get('threshold', 0.1))
-    options = dict(sigma=sigma, init='fan_in') | options
+    start = {} if 'sigma' in options else dict(size=conv.kernel_size)
+    options = dict(init='fan_in') | start | options
     new = FlexConv2d(conv.in_channels, conv.out_channels, grid_size, conv.stride, padding_for(conv, grid_size),
                      conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
                      conv.weight.device, conv.weight.dtype, **options)

@@ -71,12 +71,12 @@ def sigma_for_size(size,             # pixels to start with, odd unless causal
                    threshold=0.1,    # of the mask
                    causal=False,     # True: all pixels lie before the mean
                   ):
-    "The sigma with which a mask keeps `size` of `n` positions, at most 1; the paper's 0.075 for 5 of 33."
+    "The sigma with which a mask keeps `size` of `n` positions; the paper's 0.075 for 5 of 33."
     step, paper_step = spacing((n, paper_positions))
     offset = cutoff_in_sigmas(0.1)*paper_sigma/paper_step - (paper_size - 1)//2           # 0.575 spacings
     steps, paper_steps = (size - 1 if causal else (size - 1)//2), (paper_size - 1)//2
     wider = (steps + offset)/(paper_steps + offset)*cutoff_in_sigmas(0.1)/cutoff_in_sigmas(threshold)
-    return min(1., paper_sigma*(step/paper_step)*wider)
+    return paper_sigma*(step/paper_step)*wider
 
 # %% ../nbs/04_crop.ipynb #4d7b1fab
 def crop_starts(mean, sigma,    # of the mask, as it counts: tensors `(D,)`

@@ -79,7 +79,8 @@ class ContinuousKernel(nn.Module):
                              f'which are arguments of the layer; got {options!r}')
         taken = {name: value for name, value in placement.items() if accepts(kernel, name)}
         net = create_kernel_network(kernel, len(kernel_size), math.prod(shape), **(options or {}), **taken)
-        self.kernel_network = net.to(**{name: value for name, value in placement.items() if value is not None})
+        given = {name: value for name, value in placement.items() if value is not None}
+        self.kernel_network = net.to(**given) if given else net
 
     @property
     def grid_size(self):

@@ -15,7 +15,7 @@ from fastcore.script import Param, call_parse, store_true
 
 # %% ../nbs/64_predict.ipynb #483ca7b2
 from .core import check_int
-from .data import image_paths, open_image    # first: it keeps fastai's import quiet
+from .data import image_paths    # first: it keeps fastai's import quiet
 from .runs import load_run
 from .cli import check_device, user_errors
 
@@ -54,9 +54,7 @@ def read_array(path, record):
 def predict_file(learn, path):
     "Probabilities of the classes for one file, a tensor. A ValueError for a file that cannot be read."
     if path.suffix == '.npy': x = read_array(path, learn.dls.record)
-    else:
-        open_image(path)                                            # a ValueError that names it
-        x = next(iter(learn.dls.test_dl([path])))[0]
+    else: x = next(iter(learn.dls.test_dl([path])))[0]               # a ValueError that names what is no picture
     device = next(learn.model.parameters()).device
     return learn.model.eval()(x.as_subclass(torch.Tensor).to(device)).float().softmax(1)[0].cpu()
 

@@ -30,6 +30,44 @@ def size_text(size):
     "A kernel size as text: 5x7."
     return 'x'.join(map(str, size))
 
+# %% ../nbs/45_runs.ipynb #3ed7f85c
+def model_options(cfg):
+    "What a configuration says to `create_model`, a dict."
+    names = 'width', 'dropout', 'kernel_size', 'sigma', 'kernel', 'conv_method'
+    options = {name: cfg[name] for name in names if cfg.get(name) is not None}
+    if cfg.get('input_scale') is not None: options['kernel_options'] = dict(input_scale=cfg['input_scale'])
+    return options
+
+def read_json(path,       # of a run folder
+              needed):    # names it must have, a set
+    "A JSON file as a dict; a ValueError or FileNotFoundError that names it where it is missing or something else."
+    if not path.exists(): raise FileNotFoundError(f'{path.parent} is not a run folder: it has no {path.name}')
+    try: found = json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged: {e}') from None
+    if not isinstance(found, dict) or not needed <= set(found): raise ValueError(f'{path} must have {", ".join(sorted(needed))}')
+    return found
+
+def about_run(folder):
+    """What trained weights say of themselves, from the files of a run: a dict for `save_weights`. A ValueError or
+    FileNotFoundError that names the file which is missing or of something else."""
+    folder = Path(folder)
+    cfg = read_json(folder/'config.json', {'model'})
+    record = read_json(folder/'data.json', {'classes', 'num_classes', 'input_shape', 'mean', 'std'})
+    if not (folder/'metrics.csv').exists(): raise FileNotFoundError(f'{folder} has not finished an epoch: it has no metrics.csv')
+    rows = read_csv(folder/'metrics.csv')
+    options = {k: v for k, v in model_options(cfg).items() if k != 'conv_method'}      # what suits the machine at hand
+    kernel_size = (cfg.get('initial') or {}).get('kernel_size')
+    if kernel_size and model_registry[cfg['model']].takes('kernel_size'): options['kernel_size'] = kernel_size[0]
+    if 'files' in record: record['files'] = dict(train={}, valid={})          # of no use elsewhere
+    training = {name: cfg[name] for name in ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'label_smoothing', 'progressive',
+                                             'kernel_norm', 'aliasing', 'precision', 'seed') if name in cfg}
+    measured = dict(accuracy='accuracy', loss='valid_loss')
+    results = dict(epochs=len(rows), hours=round(sum(float(row['seconds']) for row in rows)/3600, 2), device=cfg.get('device'))
+    results |= {name: float(rows[-1][column]) for name, column in measured.items() if column in rows[-1]}
+    return dict(model=cfg['model'], in_channels=record['input_shape'][0], num_classes=record['num_classes'],
+                options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,
+                versions=cfg.get('versions'))
+
 # %% ../nbs/45_runs.ipynb #af28a82b
 class RunRecorder(Callback):
     """Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch; where several
@@ -56,36 +94,10 @@ class RunRecorder(Callback):
         self.rows.append(row | {f'size/{name}': size_text(size) for name, size in sizes.items()})
         if not rank_distrib():
             write_csv(self.folder/'metrics.csv', self.rows)
-            known = (self.folder/'config.json').exists() and (self.folder/'data.json').exists()
-            save_weights(self.model, self.folder/'model.safetensors', about_run(self.folder) if known else None)
+            try: about = about_run(self.folder)
+            except (ValueError, FileNotFoundError): about = None        # not a folder of `flexconv_train`
+            save_weights(self.model, self.folder/'model.safetensors', about)
         save_checkpoint(self.learn, self.folder/'checkpoint.pt', self.epoch+1, self.rows)
-
-# %% ../nbs/45_runs.ipynb #3ed7f85c
-def model_options(cfg):
-    "What a configuration says to `create_model`, a dict."
-    names = 'width', 'dropout', 'kernel_size', 'sigma', 'kernel', 'conv_method'
-    options = {name: cfg[name] for name in names if cfg.get(name) is not None}
-    if cfg.get('input_scale') is not None: options['kernel_options'] = dict(input_scale=cfg['input_scale'])
-    return options
-
-def about_run(folder):
-    "What trained weights say of themselves, from the files of a run: a dict for `save_weights`."
-    folder = Path(folder)
-    for name in 'config.json', 'data.json', 'metrics.csv':
-        if not (folder/name).exists(): raise FileNotFoundError(f'{folder} is not a run folder: it has no {name}')
-    cfg, record = (json.loads((folder/name).read_text()) for name in ('config.json', 'data.json'))
-    rows = read_csv(folder/'metrics.csv')
-    options = model_options(cfg) | dict(conv_method='auto')                   # what suits the machine at hand
-    kernel_size = (cfg.get('initial') or {}).get('kernel_size')
-    if kernel_size and model_registry[cfg['model']].takes('kernel_size'): options['kernel_size'] = kernel_size[0]
-    if 'files' in record: record['files'] = dict(train={}, valid={})          # of no use elsewhere
-    training = {name: cfg[name] for name in ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'label_smoothing', 'progressive',
-                                             'kernel_norm', 'aliasing', 'precision', 'seed') if name in cfg}
-    results = dict(epochs=len(rows), accuracy=float(rows[-1]['accuracy']), loss=float(rows[-1]['valid_loss']),
-                   hours=round(sum(float(row['seconds']) for row in rows)/3600, 2), device=cfg.get('device'))
-    return dict(model=cfg['model'], in_channels=record['input_shape'][0], num_classes=record['num_classes'],
-                options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,
-                versions=cfg.get('versions'))
 
 # %% ../nbs/45_runs.ipynb #8d872e6b
 def read_about(path):

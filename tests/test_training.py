@@ -1,12 +1,12 @@
 "Training: the schedule, the optimiser, resuming, and the commands on real data."
-import json, os, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
 from flexconv.optimizer import MaskAdam, split_masks
 from flexconv.learner import cosine_schedule, flex_learner, model_for
 from flexconv.callbacks import kernel_norm
-from flexconv.files import read_csv
+from flexconv.files import read_csv, read_weights
 from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
 from safetensors.torch import load_file
@@ -325,3 +325,57 @@ def test_memory_format_survives_a_whole_network():
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     with torch.autocast('cpu', torch.bfloat16): net(x).float().sum().backward()
     assert len(formats) == 3*11 and all(formats)
+
+
+# What comes before and after a run
+
+@pytest.fixture(scope='module')
+def narrow(tmp_path_factory):
+    "A run of one epoch on some digits."
+    folder = tmp_path_factory.mktemp('narrow')/'run'
+    run('flexconv_train', '--epochs', '1', '--width', '4', '--max_items', '64', '--out', folder)
+    return folder
+
+
+def test_init_starts_from_trained_weights(narrow, tmp_path):
+    args = '--epochs', '1', '--width', '4', '--max_items', '64', '--lr', '1e-9'
+    run('flexconv_train', *args, '--init', narrow, '--out', tmp_path/'warm')
+    before, after = (read_weights(folder/'model.safetensors')[0] for folder in (narrow, tmp_path/'warm'))
+    weights = [name for name, v in before.items() if v.is_floating_point() and 'running' not in name]
+    assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in weights)
+    assert 'do not fit this model' in run('flexconv_train', '--width', '6', '--init', narrow, code=2).stderr
+
+
+def test_a_run_goes_on_for_more_epochs(narrow, tmp_path):
+    shutil.copytree(narrow, tmp_path/'longer')
+    out = run('flexconv_train', '--resume', tmp_path/'longer', '--epochs', '2').stdout
+    assert '1 of 2 epochs are done' in out and len(read_csv(tmp_path/'longer/metrics.csv')) == 2
+    assert json.loads((tmp_path/'longer/config.json').read_text())['epochs'] == 2
+    fewer = run('flexconv_train', '--resume', tmp_path/'longer', '--epochs', '1', code=2)
+    assert 'epochs must be at least 2' in fewer.stderr
+
+
+@pytest.mark.parametrize('model', ['flexnet7_conv3', 'cifar_resnet32', 'njet_allcnn'])
+def test_runs_of_plain_networks_are_used_too(model, tmp_path):
+    "Their layers take no method of convolution, some no kernel size."
+    run('flexconv_train', '--model', model, '--width', '4', '--epochs', '1', '--max_items', '64', '--out', tmp_path/'run')
+    run('flexconv_export', tmp_path/'run', '--format', 'weights')
+    own = run('flexconv_eval', tmp_path/'run').stdout
+    alone = run('flexconv_eval', tmp_path/'run/weights.safetensors').stdout
+    accuracy = [float(re.search(r'accuracy ([\d.]+)%', text)[1]) for text in (own, alone)]
+    assert abs(accuracy[0] - accuracy[1]) < 1
+
+
+def test_weights_of_a_permuted_set_know_their_permutation(tmp_path):
+    "The seed of a permutation travels with the weights."
+    from flexconv.cli import evaluation_data
+    from flexconv.data import ToSequence, as_sequences, data_sets, digits, register_data_set
+    def pdigits(path=None, seed=0): return as_sequences(digits(path, seed), ToSequence(pixels=64, seed=seed))
+    register_data_set(pdigits)
+    try:
+        trained = get_dls('pdigits', seed=3, device='cpu')
+        again = evaluation_data(trained.record, 'pdigits', None, 64, 'cpu')
+        assert torch.equal(trained.valid.one_batch()[0], again.valid.one_batch()[0])
+        with pytest.raises(ValueError, match='pdigits, the data of training; sdigits has other sequence'):
+            evaluation_data(trained.record, 'sdigits', None, 64, 'cpu')
+    finally: del data_sets['pdigits']
