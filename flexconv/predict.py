@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse, store_true
 
 # %% ../nbs/64_predict.ipynb #483ca7b2
 from .core import check_int
@@ -58,12 +58,20 @@ def predict_file(learn, path):
     device = next(learn.model.parameters()).device
     return learn.model.eval()(x.as_subclass(torch.Tensor).to(device)).float().softmax(1)[0].cpu()
 
+# %% ../nbs/64_predict.ipynb #a2dd644a
+try:
+    from fastcore.script import Param
+    several = Param('', str, nargs='+')
+except ImportError:                                     # fastcore 2.1 or newer
+    from typing import Annotated
+    several = Annotated[str, dict(nargs='+')]
+
 # %% ../nbs/64_predict.ipynb #3d14125a
 @call_parse
 @user_errors
 def flexconv_predict(
     run:str,                             # Run folder, or trained weights: a name of flexconv_train --list, or a file
-    files:Param('', str, nargs='+'),     # Images, folders of images, or arrays (.npy)
+    files:several,                       # Images, folders of images, or arrays (.npy)
     top:int=1,                           # How many classes to name for each file
     device:str=None,                     # cpu, cuda, cuda:1, mps (default: a GPU if there is one)
     json:store_true=False,               # Print JSON: a list of {file, class, probability, classes}, or {file, error}

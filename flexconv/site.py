@@ -10,7 +10,6 @@ __all__ = ['common_arguments', 'is_function_class', 'shown_signature', 'signatur
 import ast, functools, inspect, io, re, textwrap, tokenize
 from importlib import import_module
 from fastcore.docments import docments
-from fastcore.script import Param
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
@@ -21,7 +20,7 @@ import torch
 def shown_annotation(annotation):
     "The type of an option, where fastcore's `store_true` or `Param` says more; else the annotation."
     if inspect.isfunction(annotation): return bool
-    return annotation.type if isinstance(annotation, Param) else annotation
+    return annotation.type if type(annotation).__name__ == 'Param' else annotation
 
 # %% ../nbs/91_site.ipynb #aa764420
 class _Shown:
