@@ -6,8 +6,13 @@
 __all__ = ['dls_at', 'image_size', 'resolution_table', 'ProgressiveResize']
 
 # %% ../nbs/47_at_resolution.ipynb #57387bdb
+from contextlib import contextmanager
 from fastcore.basics import patch
+from itertools import islice
+import torch
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn as estimate_statistics
 
 # %% ../nbs/47_at_resolution.ipynb #93643e2d
 from .data import ToFloat, ToSequence    # first: it keeps fastai's import quiet
@@ -50,17 +55,32 @@ def rescale(model, scale):
     "`set_resolution`, where a model has continuous kernels."
     if conv_layers(model): set_resolution(model, scale)
 
+@contextmanager
+def same_statistics(model):
+    "A context after which the batch norms of a model have the statistics that they had before."
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    kept = [{name: value.clone() for name, value in m.named_buffers()} for m in norms]
+    try: yield
+    finally:
+        for norm, buffers in zip(norms, kept): norm.load_state_dict(buffers, strict=False)
+
+# %% ../nbs/47_at_resolution.ipynb #23b7ac59
 @patch
 def validate_at(self:Learner,
-                size,         # height and width of the images, in pixels
-                **kwargs):    # further arguments of `validate`
-    "Loss and metrics of the validation set at another resolution."
+                size,            # height and width of the images, in pixels
+                update_bn=0,     # batches of the training set that re-estimate the statistics of batch norm first
+                **kwargs):       # further arguments of `validate`
+    "Loss and metrics of the validation set at another resolution. The model is left as it was."
+    check_int(update_bn, 'update_bn', minimum=0)
     old, scale, dls = image_size(self.dls), current_scale(self.model), dls_at(self.dls, size)
     try:
         rescale(self.model, scale*size/old)
-        return self.validate(dl=dls.valid, **kwargs)
+        with same_statistics(self.model):
+            if update_bn: estimate_statistics(islice(dls.train, update_bn), self.model.to(dls.device))
+            return self.validate(dl=dls.valid, **kwargs)
     finally: rescale(self.model, scale)
 
+# %% ../nbs/47_at_resolution.ipynb #b6c307c7
 @patch
 def fine_tune_at(self:Learner,
                  size,        # height and width of the images, in pixels
@@ -72,6 +92,7 @@ def fine_tune_at(self:Learner,
     move_to(self, size)
     self.fit_cosine(epochs, lr, **kwargs)
 
+# %% ../nbs/47_at_resolution.ipynb #f8553477
 def move_to(learn, size):
     "Take a Learner to another resolution: its data, its model, and a new optimiser."
     old, dls = image_size(learn.dls), dls_at(learn.dls, size)
@@ -80,14 +101,15 @@ def move_to(learn, size):
     learn.create_opt()
 
 # %% ../nbs/47_at_resolution.ipynb #b0114589
-def resolution_table(learn,    # a `Learner` of images in memory
-                     sizes,    # in pixels
+def resolution_table(learn,          # a `Learner` of images in memory
+                     sizes,          # in pixels
+                     update_bn=0,    # batches that re-estimate the statistics of batch norm at each size
                     ):
     "Loss and metrics at several resolutions, without training there: a list of dicts."
     names = ['valid_loss', *(m.name for m in learn.metrics)]
     old, rows = image_size(learn.dls), []
     for size in sizes:
-        with learn.no_bar(), learn.no_logging(): values = learn.validate_at(size)
+        with learn.no_bar(), learn.no_logging(): values = learn.validate_at(size, update_bn)
         row = dict(size=size, scale=f'{current_scale(learn.model)*size/old:g}')
         rows.append(row | {name: f'{v:.6f}' for name, v in zip(names, values)})
     return rows

@@ -434,10 +434,13 @@ def flexconv_eval(
     size:str=None,        # Evaluate at these image sizes instead, e.g. 36 or 28,32,36: a table, saved as resolution.csv
     data:str=None,        # Evaluate on this folder of images, or data set, instead of the run's own
     path:str=None,        # Folder of the unpacked data set (default: the run's, or fastai's)
+    update_bn:int=0,      # With --size: batches of the training set that re-estimate the statistics of batch norm first
 ):
     """Evaluate a run: accuracy, loss and a confusion matrix on its validation set, saved as confusion.png in its
     folder. Or its accuracy at other resolutions, or on other data."""
     sizes = [] if size is None else parse_sizes(size)
+    check_int(update_bn, 'update_bn', minimum=0)
+    if update_bn and not sizes: raise ValueError('update_bn needs image sizes (--size)')
     check_device(device)
     is_run = Path(run).is_dir()
     if is_run and data is None:
@@ -449,7 +452,7 @@ def flexconv_eval(
         learn = load_run(run, device)
         data = data or about_run(run)['data']['name'] if is_run else data or learn.model.pretrained_cfg['data']['name']
         learn.dls = evaluation_data(learn.dls.record, data, path, bs, device)
-    if sizes: return say_table(resolution_table(learn, sizes), Path(run) if is_run else None)
+    if sizes: return say_table(resolution_table(learn, sizes, update_bn), Path(run) if is_run else None)
     with learn.no_bar(), learn.no_logging():
         loss, accuracy = learn.validate()
         print(f'{type(learn.model).__name__} on {data}: accuracy {100*accuracy:.2f}%, loss {loss:.4f} '
