@@ -469,7 +469,8 @@ def evaluation_data(record,    # of the network that is evaluated
         dls = get_dls(data, path, bs, record.get('resize'), seed=record['seed'], device=device)      # of a permutation
         same = 'classes', 'input_shape', 'mean', 'std', 'sequence'
         if differ := [name for name in same if dls.record.get(name) != record.get(name)]:
-            raise ValueError(f'data must be like {record["name"]}, the data of training; {data} has other {", ".join(differ)}')
+            raise ValueError(f'data must be like {record["name"]}, the data of training; {data} has other '
+                             f'{", ".join(differ)}')
         return dls
     dls = record_dls(record, bs=bs, device=device)
     valid = dls.test_dl(labelled_images(data, record['classes']), with_labels=True)

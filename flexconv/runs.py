@@ -44,7 +44,8 @@ def read_json(path,       # of a run folder
     if not path.exists(): raise FileNotFoundError(f'{path.parent} is not a run folder: it has no {path.name}')
     try: found = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f'{path} is damaged: {e}') from None
-    if not isinstance(found, dict) or not needed <= set(found): raise ValueError(f'{path} must have {", ".join(sorted(needed))}')
+    if not isinstance(found, dict) or not needed <= set(found):
+        raise ValueError(f'{path} must have {", ".join(sorted(needed))}')
     return found
 
 def about_run(folder):
@@ -53,7 +54,8 @@ def about_run(folder):
     folder = Path(folder)
     cfg = read_json(folder/'config.json', {'model'})
     record = read_json(folder/'data.json', {'classes', 'num_classes', 'input_shape', 'mean', 'std'})
-    if not (folder/'metrics.csv').exists(): raise FileNotFoundError(f'{folder} has not finished an epoch: it has no metrics.csv')
+    if not (folder/'metrics.csv').exists():
+        raise FileNotFoundError(f'{folder} has not finished an epoch: it has no metrics.csv')
     rows = read_csv(folder/'metrics.csv')
     options = {k: v for k, v in model_options(cfg).items() if k != 'conv_method'}      # what suits the machine at hand
     kernel_size = (cfg.get('initial') or {}).get('kernel_size')
@@ -62,7 +64,8 @@ def about_run(folder):
     training = {name: cfg[name] for name in ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'label_smoothing', 'progressive',
                                              'kernel_norm', 'aliasing', 'precision', 'seed') if name in cfg}
     measured = dict(accuracy='accuracy', loss='valid_loss')
-    results = dict(epochs=len(rows), hours=round(sum(float(row['seconds']) for row in rows)/3600, 2), device=cfg.get('device'))
+    hours = sum(float(row['seconds']) for row in rows)/3600
+    results = dict(epochs=len(rows), hours=round(hours, 2), device=cfg.get('device'))
     results |= {name: float(rows[-1][column]) for name, column in measured.items() if column in rows[-1]}
     return dict(model=cfg['model'], in_channels=record['input_shape'][0], num_classes=record['num_classes'],
                 options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,

@@ -358,7 +358,8 @@ def test_a_run_goes_on_for_more_epochs(narrow, tmp_path):
 @pytest.mark.parametrize('model', ['flexnet7_conv3', 'cifar_resnet32', 'njet_allcnn'])
 def test_runs_of_plain_networks_are_used_too(model, tmp_path):
     "Their layers take no method of convolution, some no kernel size."
-    run('flexconv_train', '--model', model, '--width', '4', '--epochs', '1', '--max_items', '64', '--out', tmp_path/'run')
+    options = '--width', '4', '--epochs', '1', '--max_items', '64'
+    run('flexconv_train', '--model', model, *options, '--out', tmp_path/'run')
     run('flexconv_export', tmp_path/'run', '--format', 'weights')
     own = run('flexconv_eval', tmp_path/'run').stdout
     alone = run('flexconv_eval', tmp_path/'run/weights.safetensors').stdout
