@@ -61,10 +61,10 @@ def predict_file(learn, path):
 # %% ../nbs/64_predict.ipynb #a2dd644a
 try:
     from fastcore.script import Param
-    several = Param('', str, nargs='+')
+    several = Param('Images, folders of images, or arrays (.npy)', str, nargs='+')
 except ImportError:                                     # fastcore 2.1 or newer
     from typing import Annotated
-    several = Annotated[str, dict(nargs='+')]
+    several = Annotated[str, dict(nargs='+', help='Images, folders of images, or arrays (.npy)')]
 
 # %% ../nbs/64_predict.ipynb #3d14125a
 @call_parse

@@ -1,5 +1,5 @@
 "The project itself: imports, exported files, README, notebooks."
-import ast, configparser, json, re, subprocess, sys
+import ast, configparser, json, os, re, subprocess, sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -52,6 +52,18 @@ def test_every_public_name_has_a_docstring(module):
     for name in m.__all__:
         thing = getattr(m, name)
         if callable(thing): assert (thing.__doc__ or '').strip(), f'{module}.{name}'
+
+
+def test_help_on_the_page_of_commands_is_what_they_print():
+    "With the fastcore of development, which spells options with underscores."
+    cells = json.loads((ROOT/'nbs/commands.ipynb').read_text())['cells']
+    shown = {''.join(c['source']).split("'")[1]: ''.join(c['outputs'][0]['text']) for c in cells
+             if c['cell_type'] == 'code' and 'show_help(' in ''.join(c['source']).splitlines()[-1]}
+    assert set(shown) == {f'flexconv_{name}' for name in ('train', 'eval', 'predict', 'export', 'bench')}
+    for command, text in shown.items():
+        done = subprocess.run([Path(sys.executable).parent/command, '--help'], capture_output=True, text=True,
+                              env=os.environ | dict(COLUMNS='88'))
+        assert done.stdout.strip() == text.strip(), 'run nbs/commands.ipynb again'
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
