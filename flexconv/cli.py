@@ -44,6 +44,7 @@ from .layers import conv_layers, kernel_sizes
 from .registry import list_models, load_pretrained
 from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
 from .runs import RunRecorder, about_run, load_run, model_options, size_text
+from .optimizer import MaskAdam
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
@@ -226,7 +227,8 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
     if cfg['kernel_norm']: kernel_norm(model)
     if cfg['scale'] != 1 and conv_layers(model): set_resolution(model, cfg['scale'])
     loss_func = CrossEntropyLossFlat(label_smoothing=cfg['label_smoothing']) if cfg['label_smoothing'] else None
-    learn = flex_learner(dls, model, loss_func, lr=cfg['lr'], mask_lr=cfg['mask_lr'], cbs=cbs)
+    opt_func = functools.partial(MaskAdam, mask_lr=cfg['mask_lr'], weight_decay=cfg['weight_decay'], decoupled=True)
+    learn = flex_learner(dls, model, loss_func, lr=cfg['lr'], opt_func=opt_func, cbs=cbs)
     if cfg['precision'] != 'fp32': (learn.to_bf16 if cfg['precision'] == 'bf16' else learn.to_fp16)()
     if cfg['target'] or cfg['test_sizes']:
         dls_at(learn.dls, cfg['target'] or cfg['test_sizes'][0])       # a ValueError now
@@ -380,6 +382,7 @@ def flexconv_train(
     precision:str=None,         # fp32, bf16 or fp16: automatic mixed precision (default: fp32)
     label_smoothing:float=None, # Share of each label that goes to all classes alike (default: 0)
     mask_lr:float=None,         # Learning rate of the masks over that of the rest (default: 0.1)
+    weight_decay:float=None,    # Of everything but masks, decoupled as in AdamW (default: 0)
     aliasing:float=None,        # Factor of the aliasing regulariser (default: 0)
     target:int=None,            # Then fine-tune at this image size, in the folder at-TARGET of the run
     target_epochs:int=None,     # Epochs there (default: as many as before)

@@ -17,7 +17,7 @@ base_config = dict(
     model=None, width=None, dropout=None, kernel_size=None, sigma=None, kernel=None,      # network
     conv_method=None, input_scale=None, scale=1.,
     epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0, init=None,       # training
-    precision='fp32', label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
+    precision='fp32', weight_decay=0., label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
@@ -48,7 +48,7 @@ def check_config(cfg):
     check_int(cfg['seed'], 'seed', minimum=0)
     if cfg['seed'] >= 2**32: raise ValueError(f'seed must be below 2**32; got {cfg["seed"]}')
     check_number(cfg['lr'], 'lr', 0)
-    for name in 'aliasing', 'kernel_norm', 'mask_lr': check_number(cfg[name], name, 0, closed=True)
+    for name in 'aliasing', 'kernel_norm', 'mask_lr', 'weight_decay': check_number(cfg[name], name, 0, closed=True)
     check_number(cfg['label_smoothing'], 'label_smoothing', 0, 1, closed=True)
     check_choice(cfg['precision'], ('fp32', 'bf16', 'fp16'), 'precision')
     if 'target' in given: cfg['target_epochs'] = check_int(cfg['target_epochs'] or cfg['epochs'], 'target_epochs')

@@ -54,10 +54,11 @@ class MaskAdam(OptimWrapper):
                  betas=(0.9, 0.999),     # as in `torch.optim.Adam`
                  eps=1e-8,               # as in `torch.optim.Adam`
                  weight_decay=0.,        # as in `torch.optim.Adam`, for everything but masks
+                 decoupled=False,        # weight decay as in `torch.optim.AdamW` instead
                 ):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
-        super().__init__(params, opt=torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                         foreach=True)
+        super().__init__(params, opt=torch.optim.AdamW if decoupled else torch.optim.Adam, lr=lr, betas=betas, eps=eps,
+                         weight_decay=weight_decay, foreach=True)
         self.set_hyper('wd', weight_decay)
 
     def set_hyper(self, k, v):

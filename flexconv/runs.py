@@ -61,8 +61,9 @@ def about_run(folder):
     kernel_size = (cfg.get('initial') or {}).get('kernel_size')
     if kernel_size and model_registry[cfg['model']].takes('kernel_size'): options['kernel_size'] = kernel_size[0]
     if 'files' in record: record['files'] = dict(train={}, valid={})          # of no use elsewhere
-    training = {name: cfg[name] for name in ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'label_smoothing', 'progressive',
-                                             'kernel_norm', 'aliasing', 'precision', 'seed') if name in cfg}
+    recipe = ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'weight_decay', 'label_smoothing', 'progressive', 'kernel_norm',
+              'aliasing', 'precision', 'seed')
+    training = {name: cfg[name] for name in recipe if name in cfg}
     measured = dict(accuracy='accuracy', loss='valid_loss')
     hours = sum(float(row['seconds']) for row in rows)/3600
     results = dict(epochs=len(rows), hours=round(hours, 2), device=cfg.get('device'))

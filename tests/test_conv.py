@@ -1,49 +1,48 @@
 "The convolution engine against torch's, over random shapes, values and options."
-import math
-import threading
-import time
+import itertools, math, threading, time
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from flexconv.conv import conv_nd
 from flexconv.correlate import LowRankKernel
 from flexconv.costs import estimate_seconds
 from flexconv.transforms import fast_length, is_channels_last
-
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
+from helpers import CONVS, assert_close, problems, tensors
 
 
-@st.composite
-def problems(draw):
-    "Arguments of a convolution that torch's own functions accept."
-    ndim = draw(st.integers(1, 3))
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    top = {1: 40, 2: 14, 3: 7}[ndim]
-    sizes = [draw(st.integers(1, top)) for _ in range(ndim)]
-    kernel = [draw(st.integers(1, top)) for _ in range(ndim)]
-    dilation = tuple(draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in range(ndim))
-    padding = tuple(draw(st.integers(0, 6)) for _ in range(ndim))
-    # the kernel fits
-    padding = tuple(max(p, math.ceil((d*(k-1) + 1 - s)/2)) for p, d, k, s in zip(padding, dilation, kernel, sizes))
-    return dict(batch=draw(st.integers(1, 3)), groups=groups, channels=groups*draw(st.integers(1, 3)),
-                out=groups*draw(st.integers(1, 3)),
-                sizes=sizes, kernel=kernel, stride=tuple(draw(st.integers(1, 3)) for _ in range(ndim)),
-                dilation=dilation, padding=padding,
-                bias=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float64])),
-                seed=draw(st.integers(0, 2**16)))
+def by_definition(x, weight, bias, stride, pads, dilation, groups):
+    """The sum over all taps, output by output, as it is written on the page:
+    y[o, t] = b[o] + sum over i, j of w[o, i, j] x[i, s t + d j - p]."""
+    x = F.pad(x, [n for pair in reversed(pads) for n in pair])                      # (B, C, *padded)
+    taps = weight.shape[2:]
+    sizes = [(n - d*(k - 1) - 1)//s + 1 for n, k, s, d in zip(x.shape[2:], taps, stride, dilation)]
+    ins, outs = x.shape[1]//groups, weight.shape[0]//groups
+    y = torch.zeros(len(x), weight.shape[0], *sizes, dtype=x.dtype)
+    for b, o in itertools.product(range(len(x)), range(weight.shape[0])):
+        first = o//outs*ins                                                         # channel of the group
+        for t in itertools.product(*map(range, sizes)):
+            for i, *j in itertools.product(range(ins), *map(range, taps)):
+                at = tuple(s*p + d*q for s, p, d, q in zip(stride, t, dilation, j))
+                y[(b, o, *t)] += weight[(o, i, *j)]*x[(b, first + i, *at)]
+            if bias is not None: y[(b, o, *t)] += bias[o]
+    return y
 
 
-def tensors(p):
-    g = torch.Generator().manual_seed(p['seed'])
-    new = lambda *shape: torch.randn(*shape, generator=g, dtype=p['dtype']).requires_grad_()
-    x = new(p['batch'], p['channels'], *p['sizes'])
-    weight = new(p['out'], p['channels']//p['groups'], *p['kernel'])
-    return x, weight, new(p['out']) if p['bias'] else None
-
-
-def assert_close(a, b, dtype):
-    assert a.shape == b.shape and a.dtype == b.dtype == dtype
-    assert (a - b).abs().max() <= TOLERANCE[dtype]*max(1, b.abs().max())
+@pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul'])
+@pytest.mark.parametrize('sizes,taps,stride,pads,dilation,groups', [
+    ([9], [5], [1], [(2, 2)], [1], 1),
+    ([10], [4], [2], [(6, 0)], [2], 2),
+    ([5, 4], [3, 5], [1, 2], [(1, 1), (2, 2)], [1, 1], 1),
+    ([4, 6], [3, 2], [2, 1], [(0, 3), (1, 0)], [1, 2], 4),
+    ([3, 2, 4], [2, 1, 3], [1, 1, 2], [(1, 0), (0, 0), (1, 1)], [1, 1, 1], 2)])
+def test_against_the_definition(method, sizes, taps, stride, pads, dilation, groups):
+    "In float64, to rounding; a kernel of two factors, which every method takes."
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    x, kernel, bias = new(2, 4, *sizes), LowRankKernel(new(4, 4//groups, 3), new(3, *taps)), new(4)
+    want = by_definition(x, kernel.dense(), bias, stride, pads, dilation, groups)
+    padded = F.pad(x, [n for pair in reversed(pads) for n in pair])
+    got = conv_nd(padded, kernel, bias, tuple(stride), 0, groups, dilation=tuple(dilation), method=method)
+    assert got.shape == want.shape and (got - want).abs().max() < 1e-12*want.abs().max()
 
 
 @pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'auto'])

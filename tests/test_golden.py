@@ -2,7 +2,6 @@
 import pytest, torch
 from torch import nn
 from flexconv.aliasing import aliasing_loss, highest_frequency, mask_frequency, nyquist_frequency
-from flexconv.crop import crop_axis
 from flexconv.registry import create_model
 from flexconv.kernels import GaborNet, SIREN
 from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d

@@ -1,9 +1,9 @@
 "Layers: the contract of `test_conv_layer` over options, masks that went astray, and wrong arguments."
 import math, warnings
-import numpy as np, pytest, torch
+import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from flexconv.crop import crop_bounds, crop_size
+from flexconv.crop import crop_bounds
 from flexconv.kernels import kernel_networks
 from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
 from flexconv.testing import test_conv_layer as check_layer

@@ -2,11 +2,12 @@
 import io
 import warnings
 from contextlib import redirect_stderr
-import pytest, torch, torch.nn.functional as F
+import pytest, torch
 from torch import nn
 from flexconv.conv import LowRankKernel, conv_nd
-from flexconv.export import bake
+from flexconv.export import bake, export_onnx, export_program
 from flexconv.registry import create_model
+from helpers import relative_gap
 
 pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning',
                                         'ignore::FutureWarning')
@@ -149,3 +150,25 @@ def test_no_arithmetic_of_sizes_in_the_compiled_program():
     assert sum('conv2d' in n for n in names) >= 3
     assert not [n for n in names if 'floordiv' in n or 'sym_' in n
                 or n.endswith(('mod>', 'lt>', 'gt>', 'ceil>'))], names
+
+
+@pytest.mark.parametrize('name,shape,kw', [('flexnet3', (3, 3, 16, 16), dict(width=6, kernel_size=17, sigma=0.3)),
+                                           ('flextcn2', (2, 2, 40), dict(kernel_size=40, sigma=0.3)),
+                                           ('ckcnn7_siren', (2, 1, 9, 9), dict(width=4, kernel_size=9))])
+def test_exports_run_elsewhere(name, shape, kw, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    torch.manual_seed(0)
+    net, x = create_model(name, in_channels=shape[1], **kw), torch.randn(shape)
+    for _ in range(2): net(x)
+    net.eval()
+    export_program(net, x, tmp_path/'net.pt2')
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        export_onnx(net, x[:1], tmp_path/'net.onnx')                 # from an example of one
+    program, session = torch.export.load(tmp_path/'net.pt2').module(), onnxruntime.InferenceSession(tmp_path/'net.onnx')
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, *shape[1:])
+        want = net(x).detach()
+        for got in (program(x).detach(), torch.from_numpy(session.run(None, dict(x=x.numpy()))[0]),
+                    bake(net)(x).detach()):
+            assert relative_gap([got], [want]) < 1e-5

@@ -1,33 +1,13 @@
 "Nothing lost, nothing silent: killed, starved, damaged and poisoned runs, and runs of several processes."
-import io, os, pickle, resource, shutil, signal, subprocess, sys
-from contextlib import redirect_stderr, redirect_stdout
+import os, pickle, resource, shutil, signal, subprocess, sys
 from pathlib import Path
 import pytest, safetensors.torch, torch
 from flexconv import FlexConv1d, FlexConv2d
 from flexconv.files import load_weights, read_csv, read_weights, save_weights, write_atomically
+from helpers import BIN, ENV, call, run
 
-BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
+HERE = Path(__file__).parent
 SMALL = ['--epochs', '2', '--width', '4', '--max_items', '128', '--bs', '32']
-ENV = os.environ | dict(OMP_NUM_THREADS='1')
-
-
-def run(*command, code=0, **kwargs):
-    done = subprocess.run([BIN/command[0], *map(str, command[1:])], capture_output=True, text=True, env=ENV, **kwargs)
-    assert done.returncode == code, f'{done.returncode}: {done.stdout}{done.stderr}'
-    assert 'Traceback' not in done.stderr or code == 0, done.stderr
-    return done
-
-
-def call(command, *args, code=0, **options):
-    "The same without a process of its own: what was printed, `(stdout, stderr)`."
-    from flexconv import cli
-    out, err, got = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try: getattr(cli, command).__wrapped__(*map(str, args), **options)
-        except SystemExit as e: got = e.code
-    assert got == code, f'{got}: {out.getvalue()}{err.getvalue()}'
-    return out.getvalue(), err.getvalue()
-
 small = dict(epochs=2, width=4, max_items=128, bs=32)
 
 

@@ -1,20 +1,18 @@
 "Other resolutions: formulas, responses, Learner, commands."
-import copy, json, math, pickle, subprocess, sys
-from pathlib import Path
+import copy, json, math, pickle
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from flexconv.aliasing import aliasing_loss, highest_frequency
 from flexconv.data import get_dls
 from flexconv.export import bake
-from flexconv.layers import conv_layers, kernel_sizes
 from flexconv.registry import create_model
 from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, refresh_sizes, scaled_size
 from flexconv.callbacks import AliasingLoss
 from flexconv.learner import flex_learner, model_for
 from flexconv.files import read_csv
-from flexconv.at_resolution import dls_at, image_size, resolution_table
+from flexconv.at_resolution import dls_at
 from flexconv.resolution import set_resolution
+from helpers import run
 
 SCALES = [0.5, 0.875, 1.125, 2, 3]
 LAYERS = [(FlexConv1d, 33, dict(sigma=0.2)),
@@ -159,13 +157,6 @@ def test_the_regulariser_reads_the_resolution_of_the_batch():
             with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
         finally: module.aliasing_loss = original
         assert set(seen[1:]) == {size}
-
-
-def run(*args, code=0, cwd=None):
-    done = subprocess.run([Path(sys.executable).parent/args[0], *map(str, args[1:])], capture_output=True, text=True,
-                          cwd=cwd)
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def test_train_fine_tune_evaluate(tmp_path):

@@ -1,6 +1,5 @@
 "Training: the schedule, the optimiser, resuming, and the commands on real data."
-import json, os, re, shutil, subprocess, sys
-from pathlib import Path
+import json, re, shutil, subprocess
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
 from flexconv.optimizer import MaskAdam, split_masks
@@ -11,15 +10,7 @@ from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
 from safetensors.torch import load_file
 from flexconv import cli, list_models
-
-BIN = Path(sys.executable).parent
-
-
-def run(*command, code=0, **kwargs):
-    "One of our commands as a user starts it."
-    done = subprocess.run([BIN/command[0], *map(str, command[1:])], capture_output=True, text=True, **kwargs)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+from helpers import BIN, run
 
 
 # Schedule -------------------------------------------------------------------------------------------------------------

@@ -28,4 +28,4 @@ if [ -n "${ALL:-}" ]; then
     exit
 fi
 cp -r source/tests tests && rm -rf source
-python -m pytest -q -p no:cacheprovider tests/test_conv.py tests/test_layers.py tests/test_golden.py tests/test_properties.py tests/test_bad_input.py tests/test_resolution.py
+python -m pytest -q -p no:cacheprovider tests/test_conv.py tests/test_correlate.py tests/test_layers.py tests/test_golden.py tests/test_properties.py tests/test_bad_input.py tests/test_resolution.py
