@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['AtTimes']
 
-# %% ../nbs/26_at_times.ipynb #7d09b712
+# %% ../nbs/26_at_times.ipynb #a4aec7d6
 from contextlib import contextmanager
 from torch import nn
 from .irregular import check_present
 from .layers import CausalConv1d, require_conv_layers
 
-# %% ../nbs/26_at_times.ipynb #8d0d386f
+# %% ../nbs/26_at_times.ipynb #e12cc8ad
 def check_layers(model):
     "The CKConv and FlexConv layers of a network that can be given times; a ValueError names what cannot."
     layers = require_conv_layers(model, ' of one axis')
@@ -27,7 +27,7 @@ def check_layers(model):
                              f'of stride {layer.stride}')
     return list(layers.values())
 
-# %% ../nbs/26_at_times.ipynb #da2b5256
+# %% ../nbs/26_at_times.ipynb #8862aaa5
 @contextmanager
 def arguments_for(layers,    # modules
                   given):    # `{name: value}`
@@ -38,7 +38,7 @@ def arguments_for(layers,    # modules
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/26_at_times.ipynb #4cec4575
+# %% ../nbs/26_at_times.ipynb #f05b1aeb
 class AtTimes(nn.Module):
     """A network of CKConv1d and FlexConv1d layers that is told the times of its samples: `net(x, t, present)`. Raises
     ValueError for a network with other convolutions over time."""
