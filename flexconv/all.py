@@ -22,12 +22,14 @@ from .transforms import *
 from .correlate import *
 from .costs import *
 from .conv import *
+from .irregular import *
 from .cache import *
 from .layers import *
 from .aliasing import *
 from .resolution import *
 from .testing import *
 from .official import *
+from .at_times import *
 from .files import *
 from .registry import *
 from .flexnet import *

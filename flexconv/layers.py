@@ -21,9 +21,12 @@ from .core import per_axis, read_blocks, tracing
 from .kernels import KernelNetwork, create_kernel_network, kernel_networks, position_axis
 from .magnet import MAGNet       # registers 'magnet'
 from .mask import GaussianMask, cutoff_in_sigmas, gaussian
-from .crop import crop_axis, crop_bounds, crop_mask, crop_size, crop_starts, paper_size, sigma_for_size, spacing
+from .crop import crop_axis, crop_bounds, crop_mask, crop_size, crop_starts, effective_numbers, paper_size
+from .crop import sigma_for_size, spacing
 from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, methods
 from .conv import padding_modes, padding_pairs
+from .correlate import no_autocast
+from .irregular import check_present, conv_at_times, divide_by_share
 from .cache import KernelCache, Window, may_reuse
 
 # %% ../nbs/21_layers.ipynb #cbc62b9f
@@ -225,25 +228,90 @@ class CKConv(ContinuousKernel):
         return tuple((before - d*start, after - d*(n-stop)) for (before, after), d, n, (start, stop) in axes)
 
     def forward(self,
-                x,       # (B, in_channels, *S), or (in_channels, *S)
+                x,               # (B, in_channels, *S), or (in_channels, *S)
+                t=None,          # 1d: times of the samples in steps of the grid, (L,) or (B, L); by default 0, 1, 2, ...
+                present=None,    # (*S) or (B, *S), bool: False where a sample is missing
                ):
-        "Convolve: `(B, out_channels, *out)`."
+        "Convolve: `(B, out_channels, *out)`. Where samples are missing, sums are divided by the mask's share that met some."
+        given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
         if isinstance(x, torch.fx.Proxy):                # torch.fx shall see a layer, not what is in it
-            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), given)
         if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
-        try: return self.convolve(x)
+        try:
+            if t is not None: return self.convolve_at(**given, x=x)
+            return self.convolve(x, self.bias) if present is None else self.convolve_present(x, present)
         except (TypeError, ValueError) as e:
             layer = f'{type(self).__name__}({CKConv.extra_repr(self)})'
             raise type(e)(f'{e}, in {layer} on x of shape {tuple(x.shape)}') from e
 
-    def convolve(self, x):
-        "What `forward` computes."
+    def convolve(self, x, bias):
+        "What `forward` computes on the grid."
         whole = self.cropped_padding(tuple((0, n) for n in self.grid_size))
         check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])       # for the size it may grow to
         if may_reuse(): kernel, bounds, spectra = self.kernel_cache.get(lambda: (*self.forward_kernel(), {}), self)
         else: (kernel, bounds), spectra = self.forward_kernel(), None
-        return convolve(x, kernel, self.bias, self.stride, self.cropped_padding(bounds), self.groups,
+        return convolve(x, kernel, bias, self.stride, self.cropped_padding(bounds), self.groups,
                         dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method, kept=spectra)
+
+    def convolve_present(self, x, present):
+        "What `forward` computes on the grid where samples are missing."
+        if x.ndim == self.ndim + 1: return self.convolve_present(x[None], present)[0]
+        present = check_present(present, len(x), x.shape[2:])                          # (1 or B, *S)
+        y = self.convolve(x.masked_fill(~present[:, None], 0), None)
+        bounds, wide = self.bounds(), torch.float32 if x.device.type == 'mps' else torch.float64
+        mask = self.mask_values(bounds)
+        if mask is None: mask = torch.ones(self.size, device=x.device)
+        ones = torch.cat([present, torch.ones_like(present[:1])]).to(wide)[:, None]    # (1 or B, and 1, 1, *S)
+        with no_autocast(x):
+            sums = convolve(ones, mask.to(wide)[None, None], None, self.stride, self.cropped_padding(bounds),
+                            dilation=self.dilation, padding_mode=self.padding_mode)[:, 0]
+        y = divide_by_share(y, sums[:-1], sums[-1:], self.least/2)
+        return y if self.bias is None else y + self.bias.view(-1, *[1]*self.ndim).to(y.dtype)
+
+    def convolve_at(self,
+                    x,               # (B, in_channels, L), or (in_channels, L)
+                    t,               # times of the samples in steps of the grid, (L,) or (B, L)
+                    present=None,    # (L,) or (B, L), bool: False where a sample is missing
+                    at=None):        # times of the outputs, (M,) or (B, M); by default those of each `stride`-th sample
+        "The convolution of samples that have times of their own, `(B, out_channels, M)`; for sequences."
+        if self.ndim > 1: raise ValueError(f't is for sequences, layers of one axis; got a layer of {self.ndim} axes')
+        if (self.padding, self.padding_mode, self.dilation) != ('same', 'zeros', (1,)):
+            raise ValueError("t needs padding='same', padding_mode='zeros' and dilation=1; "
+                             f'got {self.padding!r}, {self.padding_mode!r} and {self.dilation[0]}')
+        if x.ndim == 2: return self.convolve_at(x[None], t, present, at)[0]
+        weight = self.first_parameter()
+        if x.ndim != 3 or x.shape[1] != self.in_channels:
+            raise ValueError(f'x must have shape (batch, {self.in_channels}, length)')
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f'x and weight must have one floating-point dtype; got {x.dtype} and {weight.dtype}')
+        if at is None and isinstance(t, torch.Tensor): at = t[..., ::self.stride[0]]
+        return conv_at_times(x, t, self.kernel_at, self.reach(), self.bias, self.groups, at=at, present=present)
+
+    @property
+    def least(self):
+        "The smallest value of the mask; 1 where there is none."
+        return 1.
+
+    def reach(self):
+        "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
+        span, rounding = self.grid_size[0] - 1, 1e-4
+        return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
+
+    def positions_at(self, offsets):
+        "The kernel's positions `(1, *offsets)` for offsets in time."
+        return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
+
+    def kernel_at(self, offsets):
+        """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
+        None."""
+        positions = self.positions_at(offsets).flatten(1)                              # (1, P)
+        if self.can_factor:
+            mix, basis = sample(self.kernel_network, positions, factored=True)
+            self.check_values(mix)
+            return (mix.unflatten(0, self.shape)*self.cell_volume, basis.unflatten(1, offsets.shape)), None
+        values = sample(self.kernel_network, positions)                                # (channels, P)
+        self.check_values(values)
+        return values.unflatten(1, offsets.shape).unflatten(0, self.shape)*self.cell_volume, None
 
     def method(self,
                x,       # as in `forward`
@@ -389,6 +457,34 @@ class FlexConv(CKConv):
         near = crop_mask(neighbours, size, bounds, self.causal)
         surrogate = gaussian(positions, *self.mask.effective([2*s for s in step]))
         return torch.where(kept, m, torch.where(near, surrogate - surrogate.detach(), 0.))
+
+    @property
+    def least(self): return self.mask.threshold
+
+    def mask_reach(self):
+        "Offsets in time between which the mask has not faded, `(earliest, latest)`."
+        step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
+        mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
+        root = (mean if self.causal else -abs(mean)) - cutoff*sigma
+        if not root > -1: return super().reach()
+        newest = float(self.causal)                                      # the position of offset 0
+        earliest = (min(root, newest) - newest)/step - 1e-6
+        return earliest, 0. if self.causal else -earliest
+
+    def reach(self):
+        earliest, latest = self.mask_reach()
+        if not (self.training and self.size == (1,)): return earliest, latest
+        return earliest - 1, 0. if self.causal else latest + 1           # the neighbours get a gradient
+
+    def kernel_at(self, offsets):
+        values, _ = super().kernel_at(offsets)
+        step, positions = spacing(self.grid_size), self.positions_at(offsets)
+        mask = gaussian(positions, *self.mask.effective(step))
+        if not (self.training and self.size == (1,)): return values, mask
+        earliest, latest = self.mask_reach()
+        surrogate = gaussian(positions, *self.mask.effective([2*s for s in step]))
+        kept = (offsets >= earliest) & (offsets <= latest)
+        return values, torch.where(kept, mask, surrogate - surrogate.detach())
 
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."

@@ -6,10 +6,13 @@
 __all__ = ['Stream']
 
 # %% ../nbs/36_stream.ipynb #49c54dbd
+import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .layers import CausalConv1d
+from .at_times import check_layers
+from .irregular import check_times
+from .layers import CausalConv1d, CKConv
 from .export import bake
 
 # %% ../nbs/36_stream.ipynb #142bca7e
@@ -35,6 +38,33 @@ class StreamingConv1d(CausalConv1d):
         self.past = x[..., x.shape[-1]-span:].detach()          # (B, C, span)
         return F.conv1d(x, self.weight, self.bias, dilation=self.dilation, groups=self.groups)
 
+# %% ../nbs/36_stream.ipynb #9df7635b
+class TimedConv1d(nn.Module):
+    "A causal CKConv1d or FlexConv1d that remembers the samples in its reach, and when they were."
+    past, now = None, None           # samples and their times; the times of the next chunk
+
+    def __init__(self, layer):       # causal
+        super().__init__()
+        self.layer = layer
+
+    def times(self, x):
+        "The times of a chunk, `(1 or B, L)`: those it was given, or the next steps of the grid."
+        if self.now is not None: return self.now
+        start = 0. if self.past is None else self.past[1][:, -1:] + 1
+        return start + torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)[None]
+
+    def forward(self, x):
+        t = new = self.times(x)
+        if self.past is not None:
+            rows = max(len(t), len(self.past[1]))
+            x = torch.cat([self.past[0], x], -1)                                # (B, C, past + L)
+            t = torch.cat([self.past[1].expand(rows, -1), t.expand(rows, -1)], -1)
+        y = self.layer.convolve_at(x, t[0] if len(t) == 1 else t, at=new[0] if len(new) == 1 else new)
+        forgotten = t < t[:, -1:] + self.layer.reach()[0]
+        first = int(forgotten.sum(1).amin())                    # times rise: these come first
+        self.past = x[..., first:].detach(), t[:, first:]
+        return y
+
 # %% ../nbs/36_stream.ipynb #81c94911
 def streaming(model):    # a causal network, baked or not
     "A baked copy of `model` whose causal convolutions remember the past. Raises ValueError where that is impossible."
@@ -52,11 +82,22 @@ def streaming(model):    # a causal network, baked or not
     if not causal: raise ValueError(f'model must have causal convolutions; {type(model).__name__} has none')
     return wrapped[0]
 
+# %% ../nbs/36_stream.ipynb #bfa3e7a3
+def streaming_at_times(model):    # a causal network
+    "A copy of `model` in eval mode whose continuous layers remember the past. Raises ValueError where that is impossible."
+    wrapped = nn.Sequential(copy.deepcopy(model).eval())
+    layers = check_layers(wrapped)
+    for name, module in list(wrapped.named_modules()):
+        if module not in layers: continue
+        if not module.causal: raise ValueError(f'model must have causal convolutions only; it has {module}')
+        wrapped.set_submodule(name, TimedConv1d(module))
+    return wrapped[0]
+
 # %% ../nbs/36_stream.ipynb #7e4754c7
 def forget(model):
     "Let every streaming convolution of a model begin a new sequence."
     for module in model.modules():
-        if isinstance(module, StreamingConv1d): module.past = None
+        if isinstance(module, (StreamingConv1d, TimedConv1d)): module.past = None
 
 # %% ../nbs/36_stream.ipynb #165ab644
 def layer_outputs(model, x):
@@ -71,7 +112,9 @@ def layer_outputs(model, x):
             if isinstance(output, torch.Tensor): outputs.append((name, output))
         return begin, end
     handles = []
+    within = tuple(f'{name}.'.removeprefix('.') for name, m in model.named_modules() if isinstance(m, TimedConv1d))
     for name, module in model.named_modules():
+        if name and name.startswith(within): continue           # a layer is one, whatever it is made of
         begin, end = watch(name)
         handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try: model(x)
@@ -96,8 +139,8 @@ def agrees(whole,    # output for the whole sequence
 # %% ../nbs/36_stream.ipynb #91a1eb7e
 def random_sequence(model):
     "A random sequence of 32 samples that a model takes, `(1, C, 32)`."
-    widths = [m.in_channels if isinstance(m, nn.Conv1d) else m.in_features
-              for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Linear))]
+    widths = [m.in_features if isinstance(m, nn.Linear) else m.in_channels
+              for m in model.modules() if isinstance(m, (nn.Conv1d, CKConv, nn.Linear))]
     random = torch.Generator().manual_seed(0)
     weight = next(model.parameters())
     error = None
@@ -126,20 +169,38 @@ def check_local_layers(model):    # with streaming convolutions
 
 # %% ../nbs/36_stream.ipynb #b1e23169
 class Stream:
-    """A causal network fed chunk by chunk: `stream(chunk)` for chunks `(B, C, L)`, any L at least 1.
-    Raises ValueError where a layer of the network needs more than the past."""
+    """A causal network fed chunk by chunk: `stream(chunk)` for chunks `(B, C, L)`, any L at least 1, or
+    `stream(chunk, t)`. Raises ValueError where a layer of the network needs more than the past."""
     def __init__(self,
-                 model,    # a causal network, baked or not; its other layers must act on each time step alone
-                ):
-        self.model = streaming(model)
+                 model,            # a causal network, baked or not; its other layers must act on each time step alone
+                 times=False):     # True: samples may have times of their own; for CKConv1d and FlexConv1d, not baked
+        self.times = times
+        self.model = streaming_at_times(model) if times else streaming(model)
         check_local_layers(self.model)
+        self.reset()
 
     def reset(self):
         "Forget the past: the next chunk begins a new sequence."
         forget(self.model)
+        self.last = None
+
+    def check_times(self, chunk, t):
+        "The times of a chunk, `(1 or B, L)`; a ValueError where they do not rise from those of the chunk before."
+        if not self.times: raise ValueError('t is for streams made with times=True')
+        t = check_times(t, len(chunk), chunk.shape[-1], 't')
+        rising = t if self.last is None else torch.cat([self.last.expand(len(t), -1), t], 1)
+        if (rising.diff() < 0).any(): raise ValueError('t must rise, also from one chunk to the next; it falls')
+        return t
 
     @torch.no_grad()
-    def __call__(self, chunk):
+    def __call__(self,
+                 chunk,     # (B, C, L)
+                 t=None):   # with times=True: rising times in steps of the grid, (L,) or (B, L); else the next steps
+        "What the network gives for these samples."
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
+        if t is not None: t = self.check_times(chunk, t)
+        for module in self.model.modules():
+            if isinstance(module, TimedConv1d): module.now = t
+        if t is not None: self.last = t[:, -1:]
         return self.model(chunk)
