@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from .core import check_int, check_number
 from .layers import CKConv1d, CKConv2d, FlexConv1d, FlexConv2d
-from .registry import create_model, list_models, register_model
+from .registry import Classifier, create_model, list_models, register_model
 
 # %% ../nbs/32_flexnet.ipynb #f3dac986
 class Dropout(nn.Dropout):
@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
         return (self.norm2(self.conv2(h)) + self.shortcut(x)).relu()
 
 # %% ../nbs/32_flexnet.ipynb #af1d1f06
-class FlexNet(nn.Module):
+class FlexNet(Classifier):
     """Residual network at full resolution (Romero, Bruintjes et al., 2022):
     images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
     def __init__(self,
@@ -60,7 +60,6 @@ class FlexNet(nn.Module):
                  **conv_options):          # further arguments of each `conv`
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
-        num_classes = check_int(num_classes, 'num_classes')
         width = check_int(width, 'width')
         if not isinstance(widths, (tuple, list)) or not widths:
             raise ValueError(f'widths must be a tuple of ints, one for each block; got {widths!r}')
@@ -71,14 +70,15 @@ class FlexNet(nn.Module):
         new_block = lambda i, o: ResidualBlock(i, o, new_conv, nn.BatchNorm2d, shortcut, dropout)
         self.stem, self.norm = new_conv(in_channels, width), nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(*map(new_block, [width, *widths], widths))
-        self.head = nn.Linear(widths[-1], num_classes)
-        nn.init.kaiming_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.set_head(widths[-1], num_classes, [(w, 1) for w in widths])
 
-    def forward(self, x):
-        x = self.norm(self.stem(x)).relu()           # (B, width, H, W)
-        x = self.blocks(x)                           # (B, widths[-1], H, W)
-        return self.head(x.mean(dim=(2, 3)))         # (B, num_classes)
+    def new_head(self, num_features, num_classes):
+        head = nn.Linear(num_features, num_classes)
+        nn.init.kaiming_normal_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def stem_features(self, x): return self.norm(self.stem(x)).relu()      # (B, width, H, W)
 
 # %% ../nbs/32_flexnet.ipynb #3a1121e4
 class TemporalBlock(ResidualBlock):
@@ -89,7 +89,7 @@ class TemporalBlock(ResidualBlock):
         return (h + self.shortcut(x)).relu()
 
 # %% ../nbs/32_flexnet.ipynb #31579ea2
-class FlexTCN(nn.Module):
+class FlexTCN(Classifier):
     """Residual network of causal convolutions (Romero, Bruintjes et al., 2022):
     sequences `(B, in_channels, L)` to scores `(B, num_classes)`."""
     def __init__(self,
@@ -103,7 +103,6 @@ class FlexTCN(nn.Module):
                  **conv_options):          # further arguments of each `conv`; masks start at the paper's sigma=0.075
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
-        num_classes = check_int(num_classes, 'num_classes')
         blocks, width = check_int(blocks, 'blocks'), check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
         if conv is FlexConv1d and 'size' not in conv_options: conv_options.setdefault('sigma', 0.075)
@@ -111,13 +110,15 @@ class FlexTCN(nn.Module):
         shortcut = lambda i, o: nn.Conv1d(i, o, 1)
         new_block = lambda i: TemporalBlock(i, width, new_conv, nn.BatchNorm1d, shortcut, dropout)
         self.blocks = nn.Sequential(*map(new_block, [in_channels] + [width]*(blocks-1)))
-        self.head = nn.Linear(width, num_classes)
-        nn.init.normal_(self.head.weight, 0, 0.01)
-        nn.init.zeros_(self.head.bias)
+        self.set_head(width, num_classes, [(width, 1)]*blocks)
 
-    def forward(self, x):
-        x = self.blocks(x)               # (B, width, L)
-        return self.head(x[..., -1])     # (B, num_classes)
+    def new_head(self, num_features, num_classes):
+        head = nn.Linear(num_features, num_classes)
+        nn.init.normal_(head.weight, 0, 0.01)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def pool(self, x): return x[..., -1]       # the last time step, (B, width)
 
 # %% ../nbs/32_flexnet.ipynb #79f63695
 def new_flexnet(counts, in_channels, num_classes, width, **kwargs):

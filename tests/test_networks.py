@@ -1,0 +1,108 @@
+"What users of timm and of files type: two halves of a network, feature maps, new heads, and what a model was made from."
+import copy, json
+import pytest, torch
+from torch import nn
+from flexconv.baselines import AllCNN
+from flexconv.registry import Classifier, create_model, list_models, model_registry
+
+
+def small(name, **options):
+    "A narrow network of this name in eval mode, and a batch that it takes."
+    sequence = model_registry[name].input == 'sequence'
+    torch.manual_seed(0)
+    if sequence: options.setdefault('kernel_size', 20)
+    net = create_model(name, 2, 5, width=8, **options).eval()
+    return net, torch.randn(3, 2, *((20,) if sequence else (16, 16)))
+
+
+@pytest.mark.parametrize('name', list_models())
+@torch.no_grad()
+def test_a_network_is_two_halves(name):
+    net, x = small(name)
+    assert isinstance(net, Classifier)
+    features = net.forward_features(x)
+    scores = net.forward_head(features)
+    assert torch.equal(net(x), scores) and scores.shape == (3, 5) and features.shape[1] == net.num_features
+    pooled = net.forward_head(features, pre_logits=True)
+    assert pooled.shape == (3, net.num_features)
+    head = net.get_classifier()
+    weight = head.weight.flatten(1)                     # that of a 1x1 convolution is the same map
+    torch.testing.assert_close(pooled @ weight.T + head.bias, scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', list_models())
+@torch.no_grad()
+def test_heads_can_be_replaced(name):
+    net, x = small(name)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    pooled = net.forward_head(net.forward_features(x), pre_logits=True)
+    net.reset_classifier(7)
+    assert net(x).shape == (3, 7) and net.num_classes == net.config['num_classes'] == 7
+    after = net.state_dict()
+    assert list(after) == list(before)                  # names stay, and all but the head's values
+    changed = {k for k in after if after[k].shape != before[k].shape or not torch.equal(after[k], before[k])}
+    assert changed and all(k.startswith(net.head_name + '.') for k in changed)
+    net.reset_classifier(0)
+    assert torch.equal(net(x), pooled)
+    assert net.get_classifier().training is False
+    net.double().reset_classifier(3)
+    assert net(x.double()).dtype == torch.float64       # the new head is where the network is
+    for wrong in (-1, 2.5, '3'):
+        with pytest.raises(ValueError, match='num_classes must be an int of at least 0'): net.reset_classifier(wrong)
+
+
+@pytest.mark.parametrize('name', list_models())
+@torch.no_grad()
+def test_feature_maps(name):
+    net, x = small(name, features_only=True)
+    maps, info = net(x), net.feature_info
+    assert [f.shape[1] for f in maps] == info.channels()
+    assert [x.shape[-1]//f.shape[-1] for f in maps] == info.reduction()
+    assert [f.shape[0] for f in maps] == [3]*len(info)
+    whole, _ = small(name)                              # of the same seed
+    torch.testing.assert_close(maps[-1], whole.forward_features(x))
+    outputs = {}
+    for module in info.module_name():
+        whole.get_submodule(module).register_forward_hook(lambda m, i, y, module=module: outputs.update({module: y}))
+    whole(x)
+    for module, found in zip(info.module_name(), maps): torch.testing.assert_close(found, outputs[module])
+    some = small(name, features_only=True, out_indices=(0, -1))[0]
+    assert some.feature_info.channels() == [info.channels()[0], info.channels()[-1]]
+    for found, all_of_them in zip(some(x), (maps[0], maps[-1])): assert torch.equal(found, all_of_them)
+    assert not any(isinstance(m, nn.Linear) and m.out_features == 5 for m in net.modules())
+
+
+@pytest.mark.parametrize('name', list_models())
+def test_config_says_what_was_typed(name):
+    net, _ = small(name, dropout=0.3) if model_registry[name].takes('dropout') else small(name)
+    typed = json.loads(json.dumps(net.config))
+    assert typed['name'] == name and (typed['in_channels'], typed['num_classes'], typed['width']) == (2, 5, 8)
+    again = create_model(**typed)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
+    assert again.config == net.config == copy.deepcopy(net).config
+
+
+def test_config_of_trained_networks():
+    "It makes the same network without its weights; whose those are stands apart."
+    net = create_model('flexnet7.cifar10', num_classes=3)
+    assert net.config == dict(name='flexnet7', in_channels=3, num_classes=3) | net.pretrained_cfg['options']
+    again = create_model(**net.config)
+    assert not hasattr(again, 'pretrained_cfg')
+    again.load_state_dict(net.state_dict())
+    maps = create_model('flexnet7.cifar10', features_only=True)
+    assert maps.feature_info.channels() == [24, 24, 36, 36, 36, 48, 48] and maps.config['num_classes'] == 0
+
+
+def test_names_of_weights_stay():
+    assert list(create_model('flexnet3').state_dict())[-2:] == ['head.weight', 'head.bias']
+    names = [name for name, _ in AllCNN(width=8).named_parameters()]
+    assert names[0] == '0.0.weight' and names[-2:] == ['6.weight', '6.bias']
+
+
+@pytest.mark.parametrize('options,words', [
+    (dict(num_classes=-1), 'num_classes must be an int of at least 0; got -1'),
+    (dict(features_only=True, out_indices=[3]), 'out_indices must be ints from -3 to 2'),
+    (dict(features_only=True, out_indices=['last']), 'out_indices must be ints from -3 to 2'),
+    (dict(out_indices=[0]), 'out_indices needs features_only=True')])
+def test_wrong_options(options, words):
+    with pytest.raises(ValueError, match=words): create_model('flexnet3', **options)
