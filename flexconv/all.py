@@ -18,6 +18,7 @@ from .kernels import *
 from .magnet import *
 from .mask import *
 from .crop import *
+from .smp import *
 from .transforms import *
 from .correlate import *
 from .costs import *
@@ -35,6 +36,7 @@ from .baselines import *
 from .convert import *
 from .export import *
 from .stream import *
+from .successors import *
 from .data import *
 from .optimizer import *
 from .callbacks import *

@@ -2,17 +2,23 @@
 import copy, json
 import pytest, torch
 from torch import nn
+from fastai.data.core import DataLoaders
 from flexconv.baselines import AllCNN
+from flexconv.kernels import position_grid
+from flexconv.layers import conv_layers
+from flexconv.learner import model_for
 from flexconv.registry import Classifier, create_model, list_models, model_registry
+from flexconv.successors import SMPConv2d
+from flexconv.testing import test_conv_layer
 
 
 def small(name, **options):
     "A narrow network of this name in eval mode, and a batch that it takes."
-    sequence = model_registry[name].input == 'sequence'
     torch.manual_seed(0)
-    if sequence: options.setdefault('kernel_size', 20)
+    sequence = model_registry[name].input == 'sequence' or options.get('ndim') == 1
+    if sequence: options.setdefault('kernel_size', 60)
     net = create_model(name, 2, 5, width=8, **options).eval()
-    return net, torch.randn(3, 2, *((20,) if sequence else (16, 16)))
+    return net, torch.randn(3, 2, *((60,) if sequence else (16, 16)))
 
 
 @pytest.mark.parametrize('name', list_models())
@@ -106,3 +112,81 @@ def test_names_of_weights_stay():
     (dict(out_indices=[0]), 'out_indices needs features_only=True')])
 def test_wrong_options(options, words):
     with pytest.raises(ValueError, match=words): create_model('flexnet3', **options)
+
+
+# Successors -----------------------------------------------------------------------------------------------------------
+
+COUNTS = {'smpnet7': [(3, {}, 489_622)], 'smptcn2': [(1, {}, 103_600)], 'smptcn6': [(1, {}, 370_960), (3, {}, 373_120)],
+          'ccnn4_140': [(3, {}, 201_052), (1, dict(ndim=1), 198_774), (3, dict(ndim=1, kernel_size=1024), 199_122)],
+          'ccnn6_380': [(3, {}, 1_999_380), (1, dict(ndim=1), 1_993_098)],
+          'convmixer256_8': [(3, {}, 594_186)], 'flexmixer256_8': [(3, {}, 643_114)]}
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameter_counts(name):
+    for channels, options, expected in COUNTS[name]:
+        assert sum(p.numel() for p in create_model(name, channels, **options).parameters()) == expected
+
+
+@pytest.mark.parametrize('name,channels', [('ccnn4_140', 1), ('ccnn6_380', 1), ('smptcn2', 2), ('smptcn6', 2)])
+@torch.no_grad()
+def test_sequences_are_causal(name, channels):
+    net, x = small(name, **(dict(ndim=1) if name.startswith('ccnn') else {}))
+    later = x.clone()
+    later[..., 30] += 1
+    gap = (net.forward_features(x) - net.forward_features(later)).abs().amax((0, 1))
+    assert gap[:30].max() < 1e-5 < gap[30:].max()
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_smpconv_is_its_whole_kernel(shared, groups, close):
+    "Output and gradients of the cropped kernel are those of the kernel on the whole grid, written as a sum over points."
+    torch.manual_seed(0)
+    layer = SMPConv2d(4, 6, 17, groups=groups, spread=0.2, shared=shared).double()
+    x = torch.randn(2, 4, 12, 13, dtype=torch.float64)
+    net, grid = layer.kernel_network, position_grid((17, 17), dtype=torch.float64)
+    places, radius = net.places.view(-1, 16, 2), net.radius.view(-1, 16)
+    weight = net.output_linear.weight.view(6, 4//groups, 16)
+    rows = []
+    for o in range(6):
+        p, r = (places[0], radius[0]) if shared else (places[o], radius[o])
+        g = (1 - (grid[None] - p[:, :, None, None]).abs().sum(1)/r[:, None, None]).clamp(min=0)
+        rows.append(torch.einsum('ip,phw->ihw', weight[o], g/(g > 0).sum(0).clamp(min=1)))
+    want = nn.functional.conv2d(x, torch.stack(rows), layer.bias, padding=8, groups=groups)
+    assert layer.size < (17, 17)
+    close(layer(x), want.detach(), 1e-10)
+    parameters = list(layer.parameters())
+    ours = torch.autograd.grad(layer(x).square().sum(), parameters)
+    theirs = torch.autograd.grad(want.square().sum(), parameters)
+    for a, b in zip(ours, theirs): close(a, b, 1e-8)
+
+
+def test_smp_shared_points_take_the_low_rank_way():
+    shared = SMPConv2d(8, 8, 33, shared=True, conv_method='lowrank', spread=0.3)
+    x = torch.randn(2, 8, 20, 20)
+    fast = shared(x)
+    shared.conv_method = 'direct'
+    torch.testing.assert_close(fast, shared(x), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match='needs a kernel network that ends in a linear map'):
+        SMPConv2d(8, 8, 33, conv_method='lowrank')
+
+
+@pytest.mark.parametrize('make', [lambda: SMPConv2d(4, 6, 9), lambda: SMPConv2d(4, 6, 9, shared=True, bias=False),
+                                  lambda: SMPConv2d(4, 4, 9, groups=4, init='fan_in')])
+def test_smpconv_is_a_layer(make):
+    torch.manual_seed(0)
+    test_conv_layer(make(), torch.randn(2, 4, 10, 11))
+
+
+@pytest.mark.parametrize('shape', [(1, 28), (3, 32)])
+def test_flex_learner_makes_them_for_images_and_sequences(shape):
+    "`ndim` follows the data."
+    channels, size = shape
+    for ndim in (1, 2):
+        items = [(torch.randn(channels, *[size]*ndim), i % 2) for i in range(8)]
+        dls = DataLoaders.from_dsets(items, items, bs=4)
+        dls.vocab = ['a', 'b']
+        net = model_for(dls, 'ccnn4_140', width=4)
+        assert {layer.ndim for layer in conv_layers(net).values()} == {ndim}
+        assert net.config['ndim'] == ndim and net(dls.one_batch()[0]).shape == (4, 2)
