@@ -37,6 +37,7 @@ from .convert import *
 from .export import *
 from .stream import *
 from .successors import *
+from .hub import *
 from .data import *
 from .optimizer import *
 from .callbacks import *

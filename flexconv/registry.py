@@ -58,11 +58,32 @@ def list_models(pattern='*',          # shell-style, e.g. 'flexnet*'
     "Names that match, sorted: of the registered models, or of trained ones."
     return sorted(name for name in (shipped_weights() if pretrained else model_registry) if fnmatch(name, pattern))
 
-# %% ../nbs/31_registry.ipynb #8c96825a
+# %% ../nbs/31_registry.ipynb #f52924e9
 def as_json(value):
     "`value` in the terms of JSON: tuples become lists, and what it does not know, text."
     name_of = lambda v: getattr(v, '__qualname__', None) or repr(v)
     return json.loads(json.dumps(value, default=name_of))
+
+# %% ../nbs/31_registry.ipynb #0f0d58d0
+def new_model(name, in_channels, num_classes, options,    # as in `create_model`
+              weights, about):                            # trained weights or None, and what they say of themselves
+    "A network with its `config`, and with trained weights where there are some."
+    make = model_registry[check_choice(name, model_registry, 'name')].make
+    if num_classes is not None: num_classes = check_int(num_classes, 'num_classes', minimum=0)
+    if about.get('model', name) != name:
+        raise ValueError(f'pretrained must be weights of {name}; got those of {about["model"]}')
+    known = about.get('num_classes', 10)
+    channels = about.get('in_channels', 3) if in_channels is None else in_channels
+    options = about.get('options', {}) | options
+    model = make(channels, num_classes or known, **options)
+    model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
+    if weights is not None:
+        load_pretrained(model, weights, new_head=num_classes not in (None, 0, known))
+        for m in model.modules():
+            if hasattr(m, 'cell_volume'): m.scale = about.get('scale', 1.)
+        model.pretrained_cfg = about
+    if num_classes == 0: as_classifier(model, 'num_classes=0').reset_classifier(0)
+    return model
 
 # %% ../nbs/31_registry.ipynb #da4841bc
 def create_model(name,                   # see `list_models`; 'flexnet7.cifar10' means pretrained='cifar10'
@@ -75,28 +96,15 @@ def create_model(name,                   # see `list_models`; 'flexnet7.cifar10'
     """A network by name, untrained or trained; what it was made from is in its `config`. Raises ValueError for a name
     that nobody registered and for weights that do not fit, TypeError for an argument it does not take."""
     if isinstance(name, str) and '.' in name and pretrained is None: name, _, pretrained = name.partition('.')
-    make = model_registry[check_choice(name, model_registry, 'name')].make
-    if num_classes is not None: num_classes = check_int(num_classes, 'num_classes', minimum=0)
-    trained = pretrained is not None and pretrained is not False
-    weights, about = read_pretrained(find_weights(name, pretrained)) if trained else ({}, {})
-    if about.get('model', name) != name:
-        raise ValueError(f'pretrained must be weights of {name}; got those of {about["model"]}')
-    known = about.get('num_classes', 10)
-    channels = about.get('in_channels', 3) if in_channels is None else in_channels
-    options = about.get('options', {}) | kwargs
-    model = make(channels, num_classes or known, **options)
-    model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
-    if trained:
-        load_pretrained(model, weights, new_head=num_classes not in (None, 0, known))
-        for m in model.modules():
-            if hasattr(m, 'cell_volume'): m.scale = about.get('scale', 1.)
-        model.pretrained_cfg = about
-    if num_classes == 0: as_classifier(model, 'num_classes=0').reset_classifier(0)
+    check_choice(name, model_registry, 'name')
+    found = None, {}
+    if pretrained not in (None, False): found = read_pretrained(find_weights(name, pretrained))
+    model = new_model(name, in_channels, num_classes, kwargs, *found)
     if features_only: return FeatureMaps(as_classifier(model, 'features_only'), out_indices)
     if out_indices is not None: raise ValueError(f'out_indices needs features_only=True; got {out_indices!r} without')
     return model
 
-# %% ../nbs/31_registry.ipynb #bc5ec9f3
+# %% ../nbs/31_registry.ipynb #87b6d4b2
 class Classifier(nn.Module):
     """Base of networks in two halves with timm's names: `forward_features` to a feature map, `forward_head` to scores.
     A subclass has `blocks`, an `nn.Sequential`, and calls `set_head` when all else is made."""
@@ -157,7 +165,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         if hasattr(self, 'config'): self.config = self.config | dict(num_classes=num_classes)
 
-# %% ../nbs/31_registry.ipynb #51048716
+# %% ../nbs/31_registry.ipynb #afe9c25c
 class FeatureInfo(list):
     "What is known of each feature map: dicts with `module`, `num_chs` and `reduction`, as timm has them."
     def channels(self): return [info['num_chs'] for info in self]
@@ -169,7 +177,7 @@ def as_classifier(model, what):
     if isinstance(model, Classifier): return model
     raise ValueError(f'{what} needs a network that derives from Classifier; got {type(model).__name__}')
 
-# %% ../nbs/31_registry.ipynb #cbdf7bf2
+# %% ../nbs/31_registry.ipynb #6c6cebec
 class FeatureMaps(nn.Module):
     "The feature maps of a `Classifier`, without its head: `(B, C, *S)` to a list, as timm's `features_only=True`."
     def __init__(self,

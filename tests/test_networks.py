@@ -1,13 +1,16 @@
 "What users of timm and of files type: two halves of a network, feature maps, new heads, and what a model was made from."
-import copy, json
-import pytest, torch
+import copy, json, os, subprocess, sys
+import pytest, torch, yaml
 from torch import nn
 from fastai.data.core import DataLoaders
+from flexconv import cli, from_pretrained
 from flexconv.baselines import AllCNN
+from flexconv.files import flip_bit
 from flexconv.kernels import position_grid
 from flexconv.layers import conv_layers
 from flexconv.learner import model_for
 from flexconv.registry import Classifier, create_model, list_models, model_registry
+from flexconv.runs import load_run
 from flexconv.successors import SMPConv2d
 from flexconv.testing import test_conv_layer
 
@@ -190,3 +193,63 @@ def test_flex_learner_makes_them_for_images_and_sequences(shape):
         net = model_for(dls, 'ccnn4_140', width=4)
         assert {layer.ndim for layer in conv_layers(net).values()} == {ndim}
         assert net.config['ndim'] == ndim and net(dls.one_batch()[0]).shape == (4, 2)
+
+
+# Files and registries of others ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('data,model', [('digits', 'flexmixer256_8'), ('sdigits', 'ccnn4_140')])
+def test_run_to_hub_and_back(data, model, tmp_path, capsys):
+    "A run as a folder for the Hub, by the command, and the network of it."
+    cli.flexconv_train.__wrapped__(data=data, model=model, epochs=1, width=4, max_items=64, out=str(tmp_path/'run'))
+    capsys.readouterr()
+    cli.flexconv_export.__wrapped__(str(tmp_path/'run'), hub=str(tmp_path/'hub'))
+    names = ['README.md', 'config.json', 'model.safetensors']
+    assert capsys.readouterr().out.split() == [str(tmp_path/'hub'/name) for name in names]
+    assert sorted(p.name for p in (tmp_path/'hub').iterdir()) == names
+    config = json.loads((tmp_path/'hub/config.json').read_text())
+    assert config['architecture'] == model and config['options']['width'] == 4
+    learn = load_run(tmp_path/'run', 'cpu')
+    x = torch.randn(2, *config['data']['input_shape'])
+    net = from_pretrained(tmp_path/'hub').eval()
+    with torch.no_grad():
+        assert torch.equal(net(x), learn.model(x))
+        assert from_pretrained(tmp_path/'hub', num_classes=0)(x).shape == (2, 4)
+    assert net.pretrained_cfg['data']['classes'] == list(learn.dls.vocab)
+    header, card = (tmp_path/'hub/README.md').read_text().split('---\n')[1:3]
+    assert yaml.safe_load(header)['library_name'] == 'flexconv' and f'`{model}`' in card
+    cli.flexconv_export.__wrapped__(str(tmp_path/'run'), hub=str(tmp_path/'hub'))          # again, over its own
+    with pytest.raises(SystemExit): cli.flexconv_export.__wrapped__(str(tmp_path/'run'), hub=str(tmp_path/'run'))
+    assert 'hub must be a new folder' in capsys.readouterr().err
+    flip_bit(tmp_path/'hub/model.safetensors', -10)
+    with pytest.raises(ValueError, match='is damaged'): from_pretrained(tmp_path/'hub')
+
+
+def python(code, path):
+    "Runs code in a process of its own that finds modules in `path` first."
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')]))
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+
+
+def test_timm_is_asked_for_only_where_it_is_used(tmp_path):
+    "Without timm, `flexconv.timm` says what to install, and nothing else needs it."
+    (tmp_path/'timm.py').write_text('raise ImportError("no timm here")')
+    assert python('import flexconv; flexconv.create_model("flexnet3")', tmp_path).returncode == 0
+    done = python('import flexconv.timm', tmp_path)
+    assert done.returncode and 'ImportError: flexconv.timm needs timm (pip install timm)' in done.stderr
+
+
+def test_timm_makes_our_networks():
+    timm = pytest.importorskip('timm')
+    import flexconv.timm as ours
+    assert set(list_models()) <= set(timm.list_models()) and ours.__all__ == ['register_with_timm']
+    assert set(timm.list_models('*cifar10', pretrained=True)) >= set(list_models('*cifar10', pretrained=True))
+    net = timm.create_model('smpnet7', in_chans=1, num_classes=4, drop_rate=0.3, width=8)
+    assert net(torch.randn(2, 1, 16, 16)).shape == (2, 4) and net.blocks[0].dropout.p == 0.3
+    assert net.config == dict(name='smpnet7', in_channels=1, num_classes=4, dropout=0.3, width=8)
+    trained = timm.create_model('flexnet7.cifar10', pretrained=True, num_classes=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        whole = create_model('flexnet7.cifar10').eval()
+        assert torch.equal(trained(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
+    from timm.data import resolve_model_data_config
+    assert resolve_model_data_config(trained)['input_size'] == (3, 32, 32)
