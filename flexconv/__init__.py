@@ -12,6 +12,7 @@ from .conv import conv_nd
 from .layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, conv_layers, kernel_sizes
 from .aliasing import aliasing_loss, highest_frequency, nyquist_frequency
 from .registry import create_model, list_models, register_model
+from .hub import from_pretrained
 from .flexnet import FlexNet, FlexTCN
-from . import baselines      # registers its models
+from . import baselines, successors      # register their models
 from .summary import layer_table

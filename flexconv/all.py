@@ -18,6 +18,7 @@ from .kernels import *
 from .magnet import *
 from .mask import *
 from .crop import *
+from .smp import *
 from .transforms import *
 from .correlate import *
 from .costs import *
@@ -37,6 +38,8 @@ from .baselines import *
 from .convert import *
 from .export import *
 from .stream import *
+from .successors import *
+from .hub import *
 from .data import *
 from .optimizer import *
 from .callbacks import *

@@ -18,7 +18,7 @@ from .core import check_int, check_number, per_axis, tracing
 from .crop import spacing
 from .layers import CKConv, CausalConv1d
 from .flexnet import ResidualBlock, TemporalBlock, flexnet7
-from .registry import register_model
+from .registry import Classifier, register_model
 
 # %% ../nbs/33_baselines.ipynb #dd027827
 class ScaledBasis(KernelNetwork):
@@ -215,7 +215,7 @@ def conv3x3(in_channels, out_channels, stride=1):
     return conv
 
 # %% ../nbs/33_baselines.ipynb #c7f6b754
-class CIFARResNet(nn.Module):
+class CIFARResNet(Classifier):
     """Residual network for small images (He et al., 2016, section 4.2):
     images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
     def __init__(self,
@@ -237,11 +237,10 @@ class CIFARResNet(nn.Module):
         for i, o in zip(widths, widths[1:]):                    # a stage: its first block may change the width
             self.blocks.append(new_block(i, o))
             for _ in range(depth//6 - 1): self.blocks.append(new_block(o, o))
-        self.head = nn.Linear(widths[-1], num_classes)
+        info = [(w, r) for w, r in zip(widths[1:], (1, 2, 4)) for _ in range(depth//6)]
+        self.set_head(widths[-1], num_classes, info)
 
-    def forward(self, x):
-        x = self.blocks(self.norm(self.stem(x)).relu())     # (B, 4*width, H/4, W/4)
-        return self.head(x.mean(dim=(2, 3)))                # (B, num_classes)
+    def stem_features(self, x): return self.norm(self.stem(x)).relu()      # (B, width, H, W)
 
 # %% ../nbs/33_baselines.ipynb #3e2eec3c
 @register_model(input='image', takes=(), lr=0.001)
@@ -273,9 +272,12 @@ def njet_resnet32(in_channels=3, num_classes=10, width=16, **conv_options):
     return CIFARResNet(in_channels, num_classes, 32, width, njet_conv(**conv_options))
 
 # %% ../nbs/33_baselines.ipynb #d98ba4d6
-class AllCNN(nn.Sequential):
+class AllCNN(Classifier, nn.Sequential):
     """The all convolutional network with strides (Springenberg et al., 2015, Strided-CNN-C):
     images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
+    head_name = '6'          # a 1x1 convolution, before the mean
+    block_prefix = ''
+
     def __init__(self,
                  in_channels=3,      # channels of the images
                  num_classes=10,     # length of the scores
@@ -294,7 +296,18 @@ class AllCNN(nn.Sequential):
                          block(2*width, 2*width, stride=2),
                          block(2*width, 2*width),
                          block(2*width, 2*width, conv=pointwise),
-                         nn.Conv2d(2*width, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+                         nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        channels = [width]*2 + [2*width]*4
+        self.set_head(2*width, num_classes, list(zip(channels, (1, 2, 2, 4, 4, 4))))
+
+    def new_head(self, num_features, num_classes): return nn.Conv2d(num_features, num_classes, 1)
+
+    @property
+    def blocks(self): return nn.Sequential(*list(self)[:6])
+
+    def forward_head(self, x, pre_logits=False):
+        if not pre_logits: x = self.get_classifier()(x)      # (B, num_classes, H/4, W/4)
+        return self[8](self[7](x))                           # the mean over pixels
 
 # %% ../nbs/33_baselines.ipynb #70d6f855
 @register_model(input='image', takes=('dropout',))
@@ -310,7 +323,7 @@ def weight_normed_conv(in_channels, out_channels, kernel_size, dilation):
     return nn.utils.parametrizations.weight_norm(conv)
 
 # %% ../nbs/33_baselines.ipynb #8eef56ba
-class TCN(nn.Module):
+class TCN(Classifier):
     "Temporal convolutional network (Bai et al., 2018): sequences `(B, in_channels, L)` to scores `(B, num_classes)`."
     def __init__(self,
                  in_channels=1,      # channels of the sequences
@@ -331,11 +344,9 @@ class TCN(nn.Module):
             new_conv = partial(weight_normed_conv, kernel_size=kernel_size, dilation=2**b)
             ins = in_channels if b == 0 else width
             self.blocks.append(TemporalBlock(ins, width, new_conv, new_norm, shortcut, dropout))
-        self.head = nn.Linear(width, num_classes)
+        self.set_head(width, num_classes, [(width, 1)]*blocks)
 
-    def forward(self, x):
-        x = self.blocks(x)               # (B, width, L)
-        return self.head(x[..., -1])     # (B, num_classes)
+    def pool(self, x): return x[..., -1]       # the last time step, (B, width)
 
 # %% ../nbs/33_baselines.ipynb #31c623b1
 @register_model(input='sequence', takes=('dropout',), lr=0.002)

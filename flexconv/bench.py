@@ -7,6 +7,7 @@ __all__ = ['measure_methods', 'fit_rates', 'choice_loss', 'flexconv_bench']
 
 # %% ../nbs/62_bench.ipynb #8b6161b9
 import copy, json, os, platform, statistics, types
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 # %% ../nbs/62_bench.ipynb #7b707ea2
 import torch
 import torch.nn.functional as F
+from torch import nn
 from fastcore.script import call_parse
 from fastprogress import progress_bar
 from torch.profiler import ProfilerActivity, profile
@@ -82,9 +84,9 @@ def inference(model, x):
         with torch.no_grad(): model(x)
     return step
 
-def train_fft_conv(fft_conv, x, kernel):
+def train_fft_conv(fft_conv, x, kernel, groups=1):
     "Forward and backward of the package fft-conv-pytorch, for a kernel that is there already."
-    def step(): fft_conv(x, kernel, padding=kernel.shape[-1]//2).square().mean().backward()
+    def step(): fft_conv(x, kernel, padding=kernel.shape[-1]//2, groups=groups).square().mean().backward()
     return step
 
 # %% ../nbs/62_bench.ipynb #0a3d9ef3
@@ -127,12 +129,16 @@ def compare(what, setting, mode, ours, others, min_time):
             ours_seconds.append(run_seconds(ours, min_time/5))
         yield row(what, setting, mode, statistics.median(ours_seconds), name, statistics.median(theirs_seconds))
 
+# %% ../nbs/62_bench.ipynb #8d619eba
+def find_fft_conv():
+    "The function of the package fft-conv-pytorch, or None where it is not installed."
+    return import_module('fft_conv_pytorch').fft_conv if find_spec('fft_conv_pytorch') else None
+
 # %% ../nbs/62_bench.ipynb #6e4c8754
 def bench_layers(device='cpu', quick=False):
     "One FlexConv2d of 48 channels on 32x32 pixels."
     what = 'FlexConv2d 48-48'
-    fft_conv = None
-    if find_spec('fft_conv_pytorch'): from fft_conv_pytorch import fft_conv
+    fft_conv = find_fft_conv()
     for batch in (8, 64):
         x = torch.randn(batch, 48, 32, 32, device=device, requires_grad=True)
         for sigma in (0.075, 0.14, 0.25, 1.):
@@ -150,6 +156,23 @@ def bench_layers(device='cpu', quick=False):
                 trained['fft-conv-pytorch'] = train_fft_conv(fft_conv, x, kernel)
             yield from compare(what, setting, 'train', train_step(layer, x), trained, 0.3)
             yield from compare(what, setting, 'baked', inference(bake(layer), x), baked, 0.3)
+
+# %% ../nbs/62_bench.ipynb #982a1bab
+def bench_depthwise(device='cpu', quick=False):
+    "One FlexConv2d of 256 channels with a kernel for each, batch 64."
+    fft_conv = find_fft_conv()
+    for pixels in (16, 32):
+        x = torch.randn(64, 256, pixels, pixels, device=device, requires_grad=True)
+        for n in (5, 9, 17, 33):
+            layer = FlexConv2d(256, 256, 33, groups=256, size=n, device=device)
+            conv = nn.Conv2d(256, 256, n, padding='same', groups=256, device=device)
+            others = {}
+            if n <= 9 or not quick: others['nn.Conv2d'] = train_step(conv, x)
+            if fft_conv and not quick:
+                kernel = layer.kernel().detach().requires_grad_()
+                others['fft-conv-pytorch'] = train_fft_conv(fft_conv, x, kernel, groups=256)
+            setting = f'{pixels}x{pixels}, {n}x{n}, {layer.method(x)}'
+            yield from compare('FlexConv2d depthwise', setting, 'train', train_step(layer, x), others, 0.3)
 
 # %% ../nbs/62_bench.ipynb #52712985
 def image_batch(batch, device):
@@ -398,7 +421,8 @@ def calibrate_rates(device='cpu', precisions=('float32', 'bfloat16'), progress=T
     return table
 
 # %% ../nbs/62_bench.ipynb #d7f8abb4
-benchmarks = dict(layers=bench_layers, networks=bench_networks, half=bench_half, memory=bench_memory, long=bench_long)
+benchmarks = dict(layers=bench_layers, depthwise=bench_depthwise, networks=bench_networks, half=bench_half,
+                  memory=bench_memory, long=bench_long)
 
 def machine(device):
     "Where a benchmark was run, in a line."
@@ -433,7 +457,7 @@ def estimate_table(device):
 @call_parse
 @user_errors
 def flexconv_bench(
-    what:str='all',           # layers, networks, half, memory, long, or all
+    what:str='all',           # layers, depthwise, networks, half, memory, long, or all
     out:str='bench.csv',      # File to write
     quick:bool=False,         # Leave out competitors that take minutes
     device:str='cpu',         # cpu, or cuda

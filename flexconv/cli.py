@@ -52,6 +52,7 @@ from .distributed import all_processes, broadcast_from_rank0, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table
 from .resolution import set_resolution
 from .export import export_onnx, export_program
+from .hub import save_hub
 from .plot import show_kernel_sizes, show_kernels
 from .experiments import base_config, check_config, paper_experiments, parse_stages, resolve_config
 
@@ -497,13 +498,17 @@ def flexconv_export(
     run:str,              # Run folder
     out:str=None,         # Folder to write to (default: the run folder)
     format:str='all',     # onnx, pt2 (torch.export), weights (for create_model(..., pretrained=FILE)), or all
+    hub:str=None,         # Write a folder in the form of the Hugging Face Hub instead, for from_pretrained(DIR)
 ):
     """Write the baked network of a run as ONNX (model.onnx) and as a torch.export program (model.pt2), run what was
     written, and say how far it is from the network; and its weights as one file that says what it is
-    (weights.safetensors)."""
+    (weights.safetensors). With --hub only a folder with weights, configuration and card."""
     check_choice(format, ('all', 'onnx', 'pt2', 'weights'), 'format')
     model, folder = load_run(run, 'cpu').model, Path(out or run)
     about = about_run(run) if Path(run).is_dir() else model.pretrained_cfg
+    if hub is not None:
+        for path in sorted(save_hub(model, hub, about).iterdir()): print(path)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     x = torch.randn(3, *about['data']['input_shape'])
     if format in ('all', 'weights'):

@@ -80,11 +80,11 @@ def paper_experiments():
     for model in list_models():
         known = model_registry[model]
         suits = dict(model=model, lr=known.lr) | known.settings
-        if known.input == 'image':
+        if known.input in ('image', 'any'):
             for data in 'mnist', 'cifar10': out[f'{data}-{model}'] = dict(data=data) | suits
             out[f'cifar10-{model}-fast'] = dict(data='cifar10') | suits | taken_by(model, fast_images)
             out[f'small-{model}'] = small | dict(width=half_width(model)) | suits
-        elif known.input == 'sequence':
+        if known.input in ('sequence', 'any'):
             for data in sequence_sets[1:]:
                 out[f'{data}-{model}'] = dict(data=data, epochs=200) | suits
                 out[f'{data}-{model}-fast'] = dict(data=data) | suits | fast_sequences

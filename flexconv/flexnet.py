@@ -11,8 +11,8 @@ __all__ = ['Dropout', 'ResidualBlock', 'FlexNet', 'TemporalBlock', 'FlexTCN', 'f
 import torch
 from torch import nn
 from .core import check_int, check_number
-from .layers import CKConv1d, CKConv2d, FlexConv1d, FlexConv2d
-from .registry import create_model, list_models, register_model
+from .layers import CKConv1d, CKConv2d, CausalConv1d, FlexConv1d, FlexConv2d
+from .registry import Classifier, create_model, list_models, register_model
 
 # %% ../nbs/32_flexnet.ipynb #f3dac986
 class Dropout(nn.Dropout):
@@ -25,6 +25,24 @@ class Dropout(nn.Dropout):
         mask = (bits >= step - 2**15).to(x.dtype).mul_(1/(1 - step/2**16))
         return x*mask.as_strided(x.shape, torch.empty_like(x, device='meta').stride())      # in the memory order of x
 
+# %% ../nbs/32_flexnet.ipynb #9cb5b913
+def small_conv(kernel_size, ndim, causal=False):
+    "A function `(in_channels, out_channels)` that makes a plain convolution and its batch normalisation; None for None."
+    if kernel_size is None: return None
+    kernel_size = check_int(kernel_size, 'small_kernel')
+    if causal: conv, options = CausalConv1d, {}
+    else: conv, options = (nn.Conv1d, nn.Conv2d)[ndim-1], dict(padding='same')
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d)[ndim-1]
+    def make(i, o):
+        new = conv(i, o, kernel_size, bias=False, **options)
+        nn.init.trunc_normal_(new.weight, std=0.02)
+        return nn.Sequential(new, norm(o))
+    return make
+
+def add_small(y, small, x):
+    "`y` plus what a small convolution, or None, makes of `x`."
+    return y if small is None else y + small(x)
+
 # %% ../nbs/32_flexnet.ipynb #3afefced
 class ResidualBlock(nn.Module):
     "Two convolutions and a shortcut, `(B, in_channels, *S)` to `(B, out_channels, *S)`."
@@ -34,19 +52,30 @@ class ResidualBlock(nn.Module):
                  norm,             # makes a normalisation from a number of channels
                  shortcut,         # makes a shortcut from `(in_channels, out_channels)` where the two differ
                  dropout=0.2,      # probability, after the first ReLU
+                 small=None,       # makes what runs beside each convolution and is added to it, see `small_conv`
                 ):
         super().__init__()
         self.conv1, self.norm1 = conv(in_channels, out_channels), norm(out_channels)
         self.dropout = Dropout(dropout)
         self.conv2, self.norm2 = conv(out_channels, out_channels), norm(out_channels)
+        self.small1 = small(in_channels, out_channels) if small else None
+        self.small2 = small(out_channels, out_channels) if small else None
         self.shortcut = nn.Identity() if in_channels == out_channels else shortcut(in_channels, out_channels)
 
+    def first(self, x):
+        "The first convolution, normalised."
+        return add_small(self.norm1(self.conv1(x)), self.small1, x)
+
+    def second(self, h):
+        "The second convolution, normalised."
+        return add_small(self.norm2(self.conv2(h)), self.small2, h)
+
     def forward(self, x):
-        h = self.dropout(self.norm1(self.conv1(x)).relu())
-        return (self.norm2(self.conv2(h)) + self.shortcut(x)).relu()
+        h = self.dropout(self.first(x).relu())
+        return (self.second(h) + self.shortcut(x)).relu()
 
 # %% ../nbs/32_flexnet.ipynb #af1d1f06
-class FlexNet(nn.Module):
+class FlexNet(Classifier):
     """Residual network at full resolution (Romero, Bruintjes et al., 2022):
     images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
     def __init__(self,
@@ -57,10 +86,10 @@ class FlexNet(nn.Module):
                  dropout=0.2,              # probability, in every block
                  conv=FlexConv2d,          # called as `conv(in_channels, out_channels, kernel_size, **conv_options)`
                  kernel_size=33,           # the largest size a kernel can grow to, odd
+                 small_kernel=None,        # size of a plain convolution beside each `conv`, whose output is added
                  **conv_options):          # further arguments of each `conv`
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
-        num_classes = check_int(num_classes, 'num_classes')
         width = check_int(width, 'width')
         if not isinstance(widths, (tuple, list)) or not widths:
             raise ValueError(f'widths must be a tuple of ints, one for each block; got {widths!r}')
@@ -68,28 +97,32 @@ class FlexNet(nn.Module):
         check_number(dropout, 'dropout', 0, 1, closed=True)
         new_conv = lambda i, o: conv(i, o, kernel_size, **conv_options)
         shortcut = lambda i, o: nn.Conv2d(i, o, 1)
-        new_block = lambda i, o: ResidualBlock(i, o, new_conv, nn.BatchNorm2d, shortcut, dropout)
+        small = small_conv(small_kernel, 2)
+        new_block = lambda i, o: ResidualBlock(i, o, new_conv, nn.BatchNorm2d, shortcut, dropout, small)
         self.stem, self.norm = new_conv(in_channels, width), nn.BatchNorm2d(width)
+        self.small = small(in_channels, width) if small else None
         self.blocks = nn.Sequential(*map(new_block, [width, *widths], widths))
-        self.head = nn.Linear(widths[-1], num_classes)
-        nn.init.kaiming_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.set_head(widths[-1], num_classes, [(w, 1) for w in widths])
 
-    def forward(self, x):
-        x = self.norm(self.stem(x)).relu()           # (B, width, H, W)
-        x = self.blocks(x)                           # (B, widths[-1], H, W)
-        return self.head(x.mean(dim=(2, 3)))         # (B, num_classes)
+    def new_head(self, num_features, num_classes):
+        head = nn.Linear(num_features, num_classes)
+        nn.init.kaiming_normal_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def stem_features(self, x):
+        return add_small(self.norm(self.stem(x)), self.small, x).relu()       # (B, width, H, W)
 
 # %% ../nbs/32_flexnet.ipynb #3a1121e4
 class TemporalBlock(ResidualBlock):
     "A `ResidualBlock` with a second ReLU and dropout before the sum, `(B, in_channels, L)` to `(B, out_channels, L)`."
     def forward(self, x):
-        h = self.dropout(self.norm1(self.conv1(x)).relu())
-        h = self.dropout(self.norm2(self.conv2(h)).relu())
+        h = self.dropout(self.first(x).relu())
+        h = self.dropout(self.second(h).relu())
         return (h + self.shortcut(x)).relu()
 
 # %% ../nbs/32_flexnet.ipynb #31579ea2
-class FlexTCN(nn.Module):
+class FlexTCN(Classifier):
     """Residual network of causal convolutions (Romero, Bruintjes et al., 2022):
     sequences `(B, in_channels, L)` to scores `(B, num_classes)`."""
     def __init__(self,
@@ -100,24 +133,27 @@ class FlexTCN(nn.Module):
                  dropout=0.1,              # probability, in every block, twice
                  conv=FlexConv1d,          # called as `conv(in_channels, out_channels, kernel_size, causal=True, ...)`
                  kernel_size=784,          # the longest a kernel can grow to: usually the length of the sequences
+                 small_kernel=None,        # size of a plain convolution beside each `conv`, whose output is added
                  **conv_options):          # further arguments of each `conv`; masks start at the paper's sigma=0.075
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
-        num_classes = check_int(num_classes, 'num_classes')
         blocks, width = check_int(blocks, 'blocks'), check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
         if conv is FlexConv1d and 'size' not in conv_options: conv_options.setdefault('sigma', 0.075)
         new_conv = lambda i, o: conv(i, o, kernel_size, causal=True, **conv_options)
         shortcut = lambda i, o: nn.Conv1d(i, o, 1)
-        new_block = lambda i: TemporalBlock(i, width, new_conv, nn.BatchNorm1d, shortcut, dropout)
+        small = small_conv(small_kernel, 1, causal=True)
+        new_block = lambda i: TemporalBlock(i, width, new_conv, nn.BatchNorm1d, shortcut, dropout, small)
         self.blocks = nn.Sequential(*map(new_block, [in_channels] + [width]*(blocks-1)))
-        self.head = nn.Linear(width, num_classes)
-        nn.init.normal_(self.head.weight, 0, 0.01)
-        nn.init.zeros_(self.head.bias)
+        self.set_head(width, num_classes, [(width, 1)]*blocks)
 
-    def forward(self, x):
-        x = self.blocks(x)               # (B, width, L)
-        return self.head(x[..., -1])     # (B, num_classes)
+    def new_head(self, num_features, num_classes):
+        head = nn.Linear(num_features, num_classes)
+        nn.init.normal_(head.weight, 0, 0.01)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def pool(self, x): return x[..., -1]       # the last time step, (B, width)
 
 # %% ../nbs/32_flexnet.ipynb #79f63695
 def new_flexnet(counts, in_channels, num_classes, width, **kwargs):

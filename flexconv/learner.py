@@ -34,7 +34,8 @@ def model_for(dls,          # fastai `DataLoaders` of images or sequences
     x = dls.one_batch()[0]                                            # (B, C, L) or (B, C, H, W)
     known = model_registry[check_choice(name, model_registry, 'model')]
     found = 'sequence' if x.ndim == 3 else 'image'
-    if known.input not in (None, found):
+    if known.input == 'any': kwargs.setdefault('ndim', x.ndim - 2)
+    elif known.input not in (None, found):
         raise ValueError(f'model {name} takes {known.input}s; the data has shape {tuple(x.shape)}')
     if known.takes('kernel_size'):
         kwargs.setdefault('kernel_size', x.shape[2] if found == 'sequence' else max(x.shape[2:])//2*2 + 1)

@@ -60,6 +60,7 @@ def about_run(folder):
     options = {k: v for k, v in model_options(cfg).items() if k != 'conv_method'}      # what suits the machine at hand
     kernel_size = (cfg.get('initial') or {}).get('kernel_size')
     if kernel_size and model_registry[cfg['model']].takes('kernel_size'): options['kernel_size'] = kernel_size[0]
+    if model_registry[cfg['model']].input == 'any': options['ndim'] = len(record['input_shape']) - 1
     if 'files' in record: record['files'] = dict(train={}, valid={})          # of no use elsewhere
     recipe = ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'weight_decay', 'label_smoothing', 'progressive', 'kernel_norm',
               'aliasing', 'precision', 'seed')
