@@ -9,7 +9,7 @@ __all__ = ['padding_pairs', 'check_padding_fits', 'in_tiles', 'conv_nd', 'conv_m
 from numbers import Integral
 import torch
 import torch.nn.functional as F
-from .core import at_least_float32, check_choice, in_functorch, per_axis
+from .core import at_least_float32, check_choice, in_functorch, per_axis, tracing
 from .transforms import is_channels_last, to_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
@@ -124,15 +124,18 @@ def _differentiates(x, kernel):
 # %% ../nbs/13_conv.ipynb #dda1f698
 autotuned = {}     # (shapes and options of a call) -> the method that was fastest
 
-def autotune(x, kernel, args):
-    "The fastest method for a forward pass, and where gradients are wanted a backward pass."
-    train = _differentiates(x, kernel)
-    candidates = ['direct', 'fft', 'matmul']
-    if isinstance(kernel, LowRankKernel): candidates.append('lowrank')
+def autotune_key(x, kernel, args):
+    "What the time of a convolution depends on."
     ranks = [len(f) for f in _factors(kernel)]
     layout = x.device, x.dtype, x.shape, is_channels_last(x)
-    key = *layout, kernel.shape, *ranks, args[1:], train, torch.get_num_threads()
+    return *layout, kernel.shape, *ranks, args[1:], _differentiates(x, kernel), torch.get_num_threads()
+
+def autotune(x, kernel, args):
+    "The fastest method for a forward pass, and where gradients are wanted a backward pass."
+    key, train = autotune_key(x, kernel, args), _differentiates(x, kernel)
     if key in autotuned: return autotuned[key]
+    candidates = ['direct', 'fft', 'matmul']
+    if isinstance(kernel, LowRankKernel): candidates.append('lowrank')
     def run(method):
         inputs = [t.detach().requires_grad_(train) for t in (x, *_factors(kernel))]
         same_kind = LowRankKernel(*inputs[1:]) if len(inputs) == 3 else inputs[1]
@@ -143,13 +146,17 @@ def autotune(x, kernel, args):
     return autotuned[key]
 
 # %% ../nbs/13_conv.ipynb #9af47614
+def can_measure(x, kernel, args):
+    "True where `autotune` can measure, or has done so."
+    return not (x.is_meta or tracing()) or autotune_key(x, kernel, args) in autotuned
+
 def choose(x, kernel, args, method):
     "'direct', one of `spectral_methods`, or `(method, tile)`."
     _, stride, pairs, _, dilation = args
     if method == 'direct' or len(x) == 0: return 'direct'
     if in_functorch(): return 'matmul'
     if method in spectral_methods: return method
-    if method == 'autotune' and not x.is_meta: return autotune(x, kernel, args)
+    if method == 'autotune' and can_measure(x, kernel, args): return autotune(x, kernel, args)
     rank = kernel.rank if isinstance(kernel, LowRankKernel) else None
     name, tile = cheapest(x.shape, kernel.shape, pairs, stride, dilation, x.device.type, rank, x.dtype,
                           is_channels_last(x), _differentiates(x, kernel))
