@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/62_bench.ipynb #0f793cb6
 from .core import check_choice, check_int, keep_freed_memory
-from .costs import (calibrated_rates, count_work, estimate_seconds, machine_key,
-                            rates, rates_file, rates_of, run_seconds)
+from .costs import builtin_rates, calibrated_rates, count_work, estimate_seconds, machine_key
+from .costs import rates, rates_file, rates_of, run_seconds
 from .correlate import LowRankKernel
 from .conv import conv_nd, padding_pairs
 from .layers import FlexConv1d, FlexConv2d, conv_layers, sample
@@ -397,21 +397,21 @@ def keep_rates(device, fitted):
     file = rates_file()
     try: known = json.loads(file.read_text())
     except (OSError, ValueError): known = {}
-    known.setdefault(machine_key(), {})[device] = fitted
+    known.setdefault(machine_key(device), {})[device] = fitted
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(known, indent=1))
     calibrated_rates.cache_clear()
 
 def calibrate_rates(device='cpu', precisions=('float32', 'bfloat16'), progress=True):
     """Measure and fit the rates of this machine, keep them in `rates_file()`, and return a table of what was measured:
-    about two minutes."""
+    about two minutes. On a GPU, float32 means: at the present settings of torch for TF32."""
     table, fitted = [], {}
     settings = [(precision, training) for precision in precisions for training in (True, False)]
     for precision, training in progress_bar(settings, display=progress, leave=False):
         mode = 'training' if training else 'inference'
         dtype = getattr(torch, precision)
         rows = measure_methods(device, dtype, training)
-        fit = fit_rates(rows, start=rates['cpu']['float32'][mode])
+        fit = fit_rates(rows, start=builtin_rates(device, 'float32' if device == 'cpu' else precision, mode))
         fitted.setdefault(precision, {})[mode] = fit
         builtin = rates_of(device, dtype, training)
         table.append(dict(precision=precision, mode=mode, cases=len({r[:4] for r in rows}),
@@ -443,15 +443,30 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines: print('  '.join(cell.rjust(width) for cell, width in zip(line, widths)))
 
+def estimates(device, precision, n):
+    "Estimated seconds of a training step of a layer, 48 channels, 32x32 pixels, batch 64, for each method."
+    shapes = (64, 48, 32, 32), (48, 48, n, n), ((n//2, n//2),)*2
+    half = precision == 'bfloat16'
+    if device == 'cpu':
+        return estimate_seconds(*shapes, rank=33, dtype=torch.bfloat16 if half else torch.float32, channels_last=half)
+    rate, work = rates[device][precision]['training'], count_work(*shapes, rank=33, channels_last=half)
+    return {method: sum(rate.get(unit, 0.)*n for unit, n in units.items()) for method, units in work.items()}
+
+def estimate_row(device, precision, n):
+    "A row of `estimate_table`."
+    seconds = estimates(device, precision, n)
+    milliseconds = {method: f'{1000*value:.2f}' for method, value in seconds.items()}
+    found = dict(kernel=f'{n}x{n}', precision=precision) | milliseconds | dict(fastest=min(seconds, key=seconds.get))
+    if device == 'cpu': return found
+    h200, cpu = estimates('h200', precision, n), estimates('cpu', precision, n)
+    on_cpu = min(cpu, key=cpu.get)
+    return found | {'on an H200': min(h200, key=h200.get), 'CPU': on_cpu, 'CPU ms': f'{1000*cpu[on_cpu]:.0f}'}
+
 def estimate_table(device):
-    "Estimated milliseconds of a training step of a layer, 48 channels, 32x32 pixels, batch 64, and the fastest method."
-    for n in (3, 5, 7, 9, 11, 17, 33):
-        for dtype in (torch.float32, torch.bfloat16):
-            seconds = estimate_seconds((64, 48, 32, 32), (48, 48, n, n), ((n//2, n//2),)*2, device=device, rank=33,
-                                       dtype=dtype, channels_last=dtype != torch.float32)
-            milliseconds = {method: f'{1000*value:.2f}' for method, value in seconds.items()}
-            fastest = min(seconds, key=seconds.get)
-            yield dict(kernel=f'{n}x{n}', precision=str(dtype)[6:]) | milliseconds | dict(fastest=fastest)
+    """Estimated milliseconds of a training step on a CPU as measured, or on an H100 by its data sheet, and the fastest
+    method; for a GPU also the fastest on an H200, and on a CPU (which has no TF32) with its time."""
+    precisions = ('float32', 'bfloat16') if device == 'cpu' else ('float32', 'tfloat32', 'bfloat16')
+    return [estimate_row(device, precision, n) for precision in precisions for n in (3, 5, 7, 9, 11, 13, 17, 33)]
 
 # %% ../nbs/62_bench.ipynb #883c3d96
 @call_parse
@@ -474,7 +489,7 @@ def flexconv_bench(
     torch.manual_seed(0)
     keep_freed_memory()
     if calibrate: return print_table(calibrate_rates(device))
-    if estimate: return print_table(list(estimate_table(check_choice(estimate, ('cpu', 'cuda'), 'estimate'))))
+    if estimate: return print_table(estimate_table(check_choice(estimate, ('cpu', 'cuda'), 'estimate')))
     rows, where = [], machine(device)
     print(where)
     for name in benchmarks if what == 'all' else [what]:

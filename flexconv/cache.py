@@ -93,8 +93,8 @@ class Window:
 
     def clear(self):
         "Forget what was read: the next forward pass reads again."
-        self.bounds = self.grid = self.edge = None
-        self.age, self.interval = 0, 1
+        self.bounds = self.grid = self.edge = self.farthest = None
+        self.age, self.interval, self.compiled = 0, 1, False
 
     def fits(self, grid):
         "True if the window was read for a grid of this size."
@@ -105,22 +105,39 @@ class Window:
         self.age += 1
         return not self.fits(grid) or self.age >= self.interval
 
+    def watch(self,
+              starts):        # first position that the mask keeps on each axis, a tensor `(D,)`
+        "Note on the device how far the mask reaches in this pass; of a compiled step, that there was one."
+        if tracing(): self.compiled = True
+        elif type(starts) is torch.Tensor and not in_functorch():
+            known = self.farthest is not None and self.farthest.device == starts.device
+            self.farthest = torch.minimum(self.farthest, starts) if known else starts
+
+    def outgrown(self, bounds, grid, farthest):
+        "The number of positions that were cut off since the last reading."
+        if not self.fits(grid): return 0
+        if farthest is None: farthest = [start for start, _ in bounds] if self.compiled else []
+        return max([0, *(int(start - reached) for (start, _), reached in zip(self.bounds, farthest))])
+
     def update(self,
                bounds,        # what the mask keeps, `((start, stop), ...)`
                grid,          # positions per axis
                edge,          # where the mask ends, one number per axis, in units of the frame
                margin=None,   # positions on each side beyond what the mask keeps; by default the rim
+               farthest=None, # what `watch` has noted, numbers
               ):
-        "Take note of a reading."
+        "Take note of a reading. The number of positions that were cut off since the last one: 0 within the bound."
+        cut = self.outgrown(bounds, grid, farthest)
         margins = [max(1, math.ceil(rim*(n-1)/2)) if margin is None else margin for n in grid]
         if self.fits(grid) and self.edge is not None:
             moved = max(abs(a - b) for a, b in zip(edge, self.edge))/max(self.age, 1)      # per pass
             reach = min(m*2/max(n-1, 1) for m, n in zip(margins, grid))
             safe = int(reach/2/moved) if moved > 0 else longest_interval
-            self.interval = max(1, min(safe, 2*self.interval, longest_interval))
+            self.interval = 1 if cut else max(1, min(safe, 2*self.interval, longest_interval))
         wide = tuple((max(a-m, 0), min(b+m, n)) for (a, b), m, n in zip(bounds, margins, grid))
         if not (self.fits(grid) and self.holds(wide, margins)): self.bounds, self.grid = wide, grid
-        self.edge, self.age = tuple(edge), 0
+        self.edge, self.age, self.farthest = tuple(edge), 0, None
+        return cut
 
     def holds(self, wide, margins):
         "True if the window can stay: a compiled step is compiled again for each new one."

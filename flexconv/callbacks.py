@@ -25,6 +25,7 @@ from fastai.torch_core import get_model
 from .core import check_int, check_number, read_blocks
 from .mask import cutoff_in_sigmas
 from .transforms import to_channels_last
+from .correlate import LowRankKernel
 from .layers import CKConv, conv_layers, kernel_sizes, refresh_sizes, require_conv_layers
 from .aliasing import aliasing_loss
 
@@ -76,12 +77,24 @@ class AliasingLoss(Callback):
         self.learn.loss_grad = self.loss_grad + aliasing_loss(self.model, min(self.x.shape[2:]), **self.kwargs)
 
 # %% ../nbs/42_callbacks.ipynb #b2e97b28
+def kernel_in_window(layer):
+    "The kernel of a layer in training on a GPU, with zeros around it, on the window of its last forward pass."
+    kernel = layer.sample_kernel(layer.window.bounds, exact=False)
+    return kernel.dense() if isinstance(kernel, LowRankKernel) else kernel
+
+def sampled_kernel(layer):
+    "The kernel of a layer, perhaps with zeros around it: in training, no size is read from a GPU."
+    waits = read_blocks(layer.first_parameter().device)
+    has_window = hasattr(layer, 'window') and layer.window.fits(layer.grid_size)
+    return kernel_in_window(layer) if waits and has_window and layer.training else layer.kernel()
+
+# %% ../nbs/42_callbacks.ipynb #67062369
 def kernel_norm(model,          # a layer, or a network that contains some
                 factor=1e-4,    # weight of the penalty
                ):
     "Norms of all sampled kernels and biases of a model, times `factor`; a scalar tensor."
     layers = require_conv_layers(model).values()
-    return factor*sum(m.kernel().norm() + (m.bias.norm() if m.bias is not None else 0.) for m in layers)
+    return factor*sum(sampled_kernel(m).norm() + (m.bias.norm() if m.bias is not None else 0.) for m in layers)
 
 class KernelNorm(Callback):
     "Adds `kernel_norm` to what is differentiated. Recorded losses stay without it."
@@ -90,7 +103,7 @@ class KernelNorm(Callback):
                  factor=1e-4):    # weight of the penalty
         self.factor = check_number(factor, 'factor', 0, closed=True)
 
-    def before_fit(self): kernel_norm(self.model, self.factor)              # a ValueError where there is none
+    def before_fit(self): require_conv_layers(self.model)                   # a ValueError where there is none
 
     def after_loss(self): self.learn.loss_grad = self.loss_grad + kernel_norm(self.model, self.factor)
 

@@ -9,7 +9,7 @@ __all__ = ['padding_pairs', 'check_padding_fits', 'in_tiles', 'conv_nd', 'conv_m
 from numbers import Integral
 import torch
 import torch.nn.functional as F
-from .core import at_least_float32, check_choice, in_functorch, per_axis
+from .core import at_least_float32, check_choice, in_functorch, per_axis, tracing
 from .transforms import is_channels_last, to_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
@@ -86,6 +86,16 @@ def dense_fft_correlate(x, kernel, *args):
     "`fft_correlate` with the kernel at all of its positions."
     return fft_correlate(x, dense_weight(kernel, x.dtype), *args)
 
+@torch.compiler.allow_in_graph
+def matmul_in_graph(x, weight, mix, basis, *args):
+    "`matmul_correlate` as one call in the program of torch.compile, which looks into it when it differentiates."
+    return matmul_correlate(x, LowRankKernel(mix, basis) if weight is None else weight, *args)
+
+def compiled_matmul(x, kernel, *args):
+    "`matmul_correlate` in a compiled program, where a call takes tensors and numbers only."
+    if isinstance(kernel, LowRankKernel): return matmul_in_graph(x, None, kernel.mix, kernel.basis, *args)
+    return matmul_in_graph(x, kernel, None, None, *args)
+
 spectral_methods = dict(fft=dense_fft_correlate, lowrank=fft_correlate, matmul=matmul_correlate)
 methods = 'auto', 'direct', *spectral_methods, 'autotune'
 
@@ -93,7 +103,9 @@ def correlate_by(method,     # 'direct' or one of `spectral_methods`
                  x, kernel, bias, stride, pairs, groups, dilation, kept=None):
     "Cross-correlation by one method."
     args = x, kernel, bias, stride, pairs, groups, dilation
-    return direct_correlate(*args) if method == 'direct' else spectral_methods[method](*args, kept)
+    if method == 'direct': return direct_correlate(*args)
+    if method == 'matmul' and torch.compiler.is_compiling(): return compiled_matmul(*args)
+    return spectral_methods[method](*args, kept)
 
 # %% ../nbs/13_conv.ipynb #3c0b0eea
 def in_tiles(method, tile,      # one of `spectral_methods`, 'direct'; outputs of a tile per axis
@@ -124,15 +136,18 @@ def _differentiates(x, kernel):
 # %% ../nbs/13_conv.ipynb #dda1f698
 autotuned = {}     # (shapes and options of a call) -> the method that was fastest
 
-def autotune(x, kernel, args):
-    "The fastest method for a forward pass, and where gradients are wanted a backward pass."
-    train = _differentiates(x, kernel)
-    candidates = ['direct', 'fft', 'matmul']
-    if isinstance(kernel, LowRankKernel): candidates.append('lowrank')
+def autotune_key(x, kernel, args):
+    "What the time of a convolution depends on."
     ranks = [len(f) for f in _factors(kernel)]
     layout = x.device, x.dtype, x.shape, is_channels_last(x)
-    key = *layout, kernel.shape, *ranks, args[1:], train, torch.get_num_threads()
+    return *layout, kernel.shape, *ranks, args[1:], _differentiates(x, kernel), torch.get_num_threads()
+
+def autotune(x, kernel, args):
+    "The fastest method for a forward pass, and where gradients are wanted a backward pass."
+    key, train = autotune_key(x, kernel, args), _differentiates(x, kernel)
     if key in autotuned: return autotuned[key]
+    candidates = ['direct', 'fft', 'matmul']
+    if isinstance(kernel, LowRankKernel): candidates.append('lowrank')
     def run(method):
         inputs = [t.detach().requires_grad_(train) for t in (x, *_factors(kernel))]
         same_kind = LowRankKernel(*inputs[1:]) if len(inputs) == 3 else inputs[1]
@@ -143,13 +158,17 @@ def autotune(x, kernel, args):
     return autotuned[key]
 
 # %% ../nbs/13_conv.ipynb #9af47614
+def can_measure(x, kernel, args):
+    "True where `autotune` can measure, or has done so."
+    return not (x.is_meta or tracing()) or autotune_key(x, kernel, args) in autotuned
+
 def choose(x, kernel, args, method):
     "'direct', one of `spectral_methods`, or `(method, tile)`."
     _, stride, pairs, _, dilation = args
     if method == 'direct' or len(x) == 0: return 'direct'
     if in_functorch(): return 'matmul'
     if method in spectral_methods: return method
-    if method == 'autotune' and not x.is_meta: return autotune(x, kernel, args)
+    if method == 'autotune' and can_measure(x, kernel, args): return autotune(x, kernel, args)
     rank = kernel.rank if isinstance(kernel, LowRankKernel) else None
     name, tile = cheapest(x.shape, kernel.shape, pairs, stride, dilation, x.device.type, rank, x.dtype,
                           is_channels_last(x), _differentiates(x, kernel))
@@ -212,6 +231,13 @@ def trim(kernel, size, pairs, dilation):
     return kernel.at(slices) if lowrank else kernel[(..., *slices)], tuple(trimmed)
 
 # %% ../nbs/13_conv.ipynb #d69434c6
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)      # new in torch 2.7
+
+def program_method(method):
+    "The method in a program: what is exported runs elsewhere, and multiplies directly."
+    exported = is_exporting() or torch.jit.is_tracing()
+    return 'matmul' if method == 'matmul' and not exported else 'direct'
+
 def plan_call(x, kernel, bias, stride, padding, groups, dilation, causal, padding_mode, method):
     "The method to take, as from `choose`, and the first seven arguments to call it with; `x` with a batch axis."
     if not torch.jit.is_tracing(): check_arguments(x, kernel, bias, groups, padding_mode, method)
@@ -230,7 +256,7 @@ def plan_call(x, kernel, bias, stride, padding, groups, dilation, causal, paddin
         x, pairs = pad(x, pairs, padding_mode), ((0, 0),)*ndim
     elif not makes_program(): kernel, pairs = trim(kernel, x.shape[2:], pairs, dilation)
     args = bias, stride, pairs, groups, dilation
-    return 'direct' if makes_program() else choose(x, kernel, args, method), (x, kernel, *args)
+    return program_method(method) if makes_program() else choose(x, kernel, args, method), (x, kernel, *args)
 
 # %% ../nbs/13_conv.ipynb #fc7dc755
 @torch.fx.wrap
@@ -238,8 +264,8 @@ def convolve(x, kernel, bias=None, stride=1, padding='same', groups=1, *, dilati
              padding_mode='zeros', method='auto', kept=None):
     "`conv_nd`, with a dict that keeps the spectrum of this very kernel for calls without gradients: for layers."
     args = x, kernel, bias, stride, padding, groups, dilation, causal, padding_mode, method
-    compiled = torch.compiler.is_compiling() and not is_exporting()
-    return call_uncompiled(*args, kept) if compiled and method != 'direct' else call(*args, kept)
+    uncompiled = torch.compiler.is_compiling() and not is_exporting() and method not in ('direct', 'matmul')
+    return call_uncompiled(*args, kept) if uncompiled else call(*args, kept)
 
 def call(x, *args):
     "`convolve` with its arguments in order."
@@ -251,7 +277,6 @@ def call(x, *args):
     return y if y.ndim == x.ndim else y[0]
 
 call_uncompiled = torch.compiler.disable(call)
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)      # new in torch 2.7
 
 # %% ../nbs/13_conv.ipynb #ca2af484
 def conv_nd(x,                       # (B, in_channels, *S), or (in_channels, *S)

@@ -18,7 +18,7 @@ from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.torch_core import num_distrib, rank_distrib
 
 # %% ../nbs/46_distributed.ipynb #88e73d9d
-from .core import accelerator
+from .core import accelerator, at_least_float32
 
 # %% ../nbs/46_distributed.ipynb #a8194e42
 def shard_indices(indices,       # of an epoch, a list
@@ -89,7 +89,9 @@ def synced_forward(self, x):    # a batch normalisation, and its input `(B, C, *
     if not self.training: return nn.modules.batchnorm._BatchNorm.forward(self, x)
     axes = [0, *range(2, x.ndim)]
     per_channel = [1, -1] + [1]*(x.ndim-2)
+    dtype, x = x.dtype, x.to(at_least_float32(x.dtype))              # statistics in half precision would be rounded
     n = AllReduceSum.apply(x.new_tensor(x.numel()/x.shape[1]))
+    if n <= 1: raise ValueError(f'Expected more than 1 value per channel when training, got input size {x.shape}')
     mean = AllReduceSum.apply(x.sum(axes))/n                         # (C,)
     centred = x - mean.view(per_channel)                             # (B, C, *S)
     var = AllReduceSum.apply(centred.square().sum(axes))/n           # (C,)
@@ -97,11 +99,11 @@ def synced_forward(self, x):    # a batch normalisation, and its input `(B, C, *
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var*n/(n-1), momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+            self.running_var.lerp_((var*n/(n-1)).to(self.running_var), momentum)
     y = centred*(var + self.eps).rsqrt().view(per_channel)
-    if self.weight is None: return y
-    return y*self.weight.view(per_channel) + self.bias.view(per_channel)
+    if self.weight is not None: y = y*self.weight.view(per_channel) + self.bias.view(per_channel)
+    return y.to(dtype)
 
 # %% ../nbs/46_distributed.ipynb #032d19ac
 def sync_batch_norm(model):

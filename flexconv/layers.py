@@ -451,6 +451,7 @@ class FlexConv(CKConv):
         if exact: return m
         mean, sigma = self.mask.effective(step)
         starts, last = crop_starts(mean, sigma, size, cutoff_in_sigmas(self.mask.threshold), self.causal)
+        self.window.watch(starts)
         kept = crop_mask(starts, size, bounds, self.causal)
         if not self.training: return torch.where(kept, m, 0.)
         neighbours = starts - ((starts == last) & (last > 0)).to(starts.dtype)
@@ -546,20 +547,29 @@ def require_conv_layers(model, why=''):
     return layers
 
 # %% ../nbs/21_layers.ipynb #1d12948d
+@torch.no_grad()
+def read_masks(layers):
+    "Mean, sigma and what `Window.watch` noted (or None) of some FlexConvs, as lists of numbers; one transfer."
+    tensors = [(*m.mask.effective(spacing(m.grid_size)), m.window.farthest) for m in layers]
+    device = tensors[0][0].device
+    numbers = iter(torch.cat([t.to(device) for three in tensors for t in three if t is not None]).tolist())
+    return [[None if t is None else [next(numbers) for _ in range(len(t))] for t in three] for three in tensors]
+
+# %% ../nbs/21_layers.ipynb #b78f036b
 def refresh_sizes(model,          # a layer, or a network that contains some
                   margin=None,    # positions to sample on each side beyond the mask's; by default 3% of half the frame
                  ):
     "Read the sizes of all FlexConvs of a model in one transfer; for training on a GPU and for compiled training steps."
     if margin is not None: margin = check_int(margin, 'margin', minimum=0)
-    layers = [m for m in model.modules() if isinstance(m, FlexConv) and not m.mask.sigma.is_meta]
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, FlexConv) and not m.mask.sigma.is_meta}
     if not layers: return
-    device = layers[0].mask.sigma.device
-    with torch.no_grad():
-        effective = [p.to(device) for m in layers for p in m.mask.effective(spacing(m.grid_size))]
-        numbers = iter(torch.cat(effective).tolist())                                  # the one read
-    for m in layers:
-        mean, sigma = ([next(numbers) for _ in range(m.ndim)] for _ in range(2))
+    for (name, m), (mean, sigma, farthest) in zip(layers.items(), read_masks(layers.values())):
         cutoff = cutoff_in_sigmas(m.mask.threshold)
         bounds = [crop_axis(n, a, s, cutoff, m.causal) for n, a, s in zip(m.grid_size, mean, sigma)]
         edge = [cutoff*s - a if m.causal else abs(a) + cutoff*s for a, s in zip(mean, sigma)]
-        m.window.update(bounds, m.grid_size, edge, margin)
+        were = 'may have been' if farthest is None else 'were'                         # a compiled step takes no notes
+        cut = m.window.update(bounds, m.grid_size, edge, margin, farthest)
+        if not cut: continue
+        warnings.warn(f'the mask of {name or type(m).__name__} outgrew what is sampled of its kernel: {cut} positions '
+                      f'{were} cut off since its size was read last. Call refresh_sizes(model) more often, or '
+                      'lower the learning rate of the masks', RuntimeWarning, stacklevel=2)

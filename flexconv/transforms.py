@@ -65,7 +65,7 @@ class Transform:
     def steps(self, like):
         "The real matrices to multiply by for each axis, one, or two for the last; device and dtype as of `like`."
         key = like.device, like.dtype
-        if key in self.made: return self.made[key]
+        if key in self.made and type(like) is torch.Tensor: return self.made[key]      # a compiler needs its own
         steps = []
         for i, matrix in enumerate(self.matrices):
             rows = real_rows(matrix, i == 0)

@@ -14,8 +14,9 @@ def test_rates_are_fitted_to_what_was_measured():
     rows, counted = [], set()
     for case in calibration_cases(False):
         work = count_work(*case[:2], rank=33, **calibration_case(*case)[1])
-        counted |= {unit for units in work.values() for unit, n in units.items() if n}
-        rows += [(*case, method, sum(truth[unit]*n for unit, n in units.items())) for method, units in work.items()]
+        counted |= {unit for units in work.values() for unit, n in units.items() if n and unit in truth}
+        rows += [(*case, method, sum(truth.get(unit, 0.)*n for unit, n in units.items()))
+                 for method, units in work.items()]
     fitted = fit_rates(rows)
     assert choice_loss(rows, fitted) < 0.01
     # three that hardly differ in these shapes
@@ -37,6 +38,55 @@ def test_rates_that_were_measured_here_are_used(monkeypatch, tmp_path):
         costs.calibrated_rates.cache_clear()
     assert estimate_seconds(*case) == builtin
     costs.calibrated_rates.cache_clear()
+
+
+GPU_CASE = (64, 48, 32, 32), (48, 48)
+
+
+def chosen_on_a_gpu(n, dtype=torch.float32, training=True, batch=64):
+    from flexconv.costs import cheapest
+    (_, *rest), channels = GPU_CASE
+    return cheapest((batch, *rest), (*channels, n, n), ((n//2, n//2),)*2, (1, 1), (1, 1), device='cuda', rank=33,
+                    dtype=dtype, channels_last=dtype != torch.float32, training=training)[0]
+
+
+@pytest.fixture
+def tf32():
+    "Sets whether a GPU may round float32: of convolutions, of matrix products."
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    def set_it(convolutions, products):
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision('high' if products else 'highest')
+    yield set_it
+    set_it(before[0], before[1] != 'highest')
+
+
+def test_choices_on_a_gpu_are_sane(tf32):
+    "Direct for small kernels, the longer the faster the tensor cores are; never FFTs for large ones in half precision."
+    tf32(False, False)
+    assert [chosen_on_a_gpu(n) for n in (3, 5, 33)] == ['direct', 'fft', 'fft']
+    tf32(True, False)                                                # torch's default
+    assert [chosen_on_a_gpu(n) for n in (3, 5, 7, 11, 33)] == ['direct']*3 + ['fft']*2
+    tf32(True, True)
+    assert [chosen_on_a_gpu(n) for n in (3, 5, 7)] == ['direct']*3 and chosen_on_a_gpu(17) != 'direct'
+    for half in (torch.bfloat16, torch.float16):
+        assert [chosen_on_a_gpu(n, half) for n in (3, 9, 11, 17, 33)] == ['direct']*3 + ['matmul']*2
+        assert chosen_on_a_gpu(33, half, batch=512) == 'matmul'
+    for batch in (1, 8): assert chosen_on_a_gpu(9, batch=batch) == 'direct'      # calls cost more than work
+
+
+@pytest.mark.parametrize('ndim', [1, 2, 3])
+def test_on_a_gpu_everything_costs_something(ndim):
+    "No unit without a rate: a method must not seem to be free."
+    from flexconv.costs import count_work, rates
+    for groups, last, stride in ((1, False, 1), (1, True, 1), (8, False, 1), (1, False, 2), (8, True, 2)):
+        for n in (3, 17):
+            shapes = (4, 8, *[32]*ndim), (8, 8//groups, *[n]*ndim), ((n//2, n//2),)*ndim
+            work = count_work(*shapes, stride=(stride,)*ndim, rank=33, channels_last=last)
+            needed = {unit for units in work.values() for unit, k in units.items() if k} - {'matmul_frequencies'}
+            for device in ('cuda', 'h200'):
+                for by_mode in rates[device].values():
+                    for rate in by_mode.values(): assert all(rate.get(unit, 0) > 0 for unit in needed)
 
 
 def test_autotune_measures_once_and_remembers(monkeypatch):
