@@ -14,6 +14,7 @@ commands = dict(train='cli', eval='cli', predict='predict', export='cli', bench=
 
 def find_command(argv):
     "The command that `argv` names; the rest become its options. Exits with the usage, code 0 or 2, if it names none."
+    if argv == ['--version']: argv = ['train', '--version']
     if not argv or argv[0] not in commands:
         asked = argv in (['-h'], ['--help'])
         print(f'usage: python -m flexconv {{{",".join(commands)}}} ...', file=sys.stdout if asked else sys.stderr)

@@ -134,6 +134,8 @@ def spell_options(argv, dash=dashes):
 def prepare_arguments():
     "If this process is one of our commands: its options as fastcore spells them; `--version` is answered at once."
     if not Path(sys.argv[0]).stem.startswith('flexconv_'): return
+    for stream in sys.stdout, sys.stderr:             # a terminal that is not UTF-8 gets what it lacks as an escape
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     if '--version' in sys.argv[1:]:
         print(f'flexconv {flexconv.__version__}, torch {torch.__version__}')
         raise SystemExit(0)

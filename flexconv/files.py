@@ -58,7 +58,7 @@ def write_csv(path,     # where the file shall be
 # %% ../nbs/30_files.ipynb #2be4ada9
 def read_csv(path):
     "The rows of a csv file as dicts of strings."
-    with open(path, newline='') as f: return list(csv.DictReader(f))
+    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../nbs/30_files.ipynb #4c2b1c4c
 wrappers = '_orig_mod', 'module'       # of torch.compile; of DataParallel and DistributedDataParallel

@@ -13,13 +13,16 @@ from fastcore.foundation import L
 
 # %% ../nbs/43_learner.ipynb #018197bf
 import flexconv.data    # first: it keeps fastai's import quiet
+import fastai.callback.hook
 from fastai.callback.core import CancelEpochException
+from fastai.callback.hook import Hooks
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 
 # %% ../nbs/43_learner.ipynb #e63b6aba
 from .core import check_choice, check_int, check_number
+from .layers import CKConv, conv_layers
 from .registry import create_model, model_registry
 import flexconv.baselines    # registers its models
 from .optimizer import MaskAdam, split_masks
@@ -102,3 +105,43 @@ def fit_cosine(self:Learner,
     self._do_fit = partial(fit_from, self, start_epoch)    # fastai's start_epoch runs callbacks of epochs that it skips
     try: self.fit(epochs, lr=list(rates), cbs=[schedule, *L(cbs)])
     finally: del self._do_fit
+
+# %% ../nbs/43_learner.ipynb #3c25f0a6
+def summary_units(module):
+    "The modules that are rows of a summary: continuous layers, modules without others inside, owners of parameters."
+    children = list(module.children())
+    if isinstance(module, CKConv) or not children: return [module]
+    owner = [module] if any(p is not None for p in module._parameters.values()) else []
+    return owner + [unit for child in children for unit in summary_units(child)]
+
+def unit_rows(module, shape, same, seen):
+    "Rows `(name, parameters, trainable, shape, same)`: two for a module that is frozen in part."
+    parameters = [p for p in module.parameters(recurse=isinstance(module, CKConv)) if p not in seen]
+    seen.update(parameters)
+    name, rows = type(module).__name__, []
+    for trainable in True, False:
+        n = sum(p.numel() for p in parameters if p.requires_grad == trainable)
+        if n: rows.append((name, n, trainable, shape, same))
+    return rows or [(name, '', '', shape, same)]
+
+# %% ../nbs/43_learner.ipynb #7c6544a2
+_layer_info = fastai.callback.hook.layer_info
+
+def layer_info(learn, *xb):
+    "What `learn.summary()` shows: fastai's own, or for a model with continuous layers a row for each, and all parameters."
+    if not conv_layers(learn.model): return _layer_info(learn, *xb)
+    units = summary_units(learn.model)
+    def track(module, inputs, output):
+        same = any(getattr(x, 'shape', (0,))[1:] == getattr(output, 'shape', ())[1:] for x in inputs)
+        return getattr(output, 'shape', None), same
+    of_training = [cb for cb in learn.cbs if hasattr(cb, '_only_train_loop')]
+    with Hooks(units, track) as hooks, learn.removed_cbs(of_training), learn.no_logging(), learn as active:
+        active.get_preds(dl=[tuple(x[:1] for x in xb)], inner=True, reorder=False)
+    shape, seen, rows = xb[0].shape, set(), []
+    for unit, found in zip(units, hooks.stored):
+        called, same = found or (None, True)            # a module that is not called may have parameters
+        shape = called or shape
+        rows += unit_rows(unit, shape, same, seen)
+    return rows
+
+fastai.callback.hook.layer_info = layer_info

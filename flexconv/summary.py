@@ -42,8 +42,9 @@ class LayerTable:
                 f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
                 f'<p>{escape(self.note)}</p>')
 
-    def __repr__(self):
-        lines = [list(self.cells()[0]), *(list(map(str, row.values())) for row in self.cells())]
+    def __repr__(self):                       # for terminals, which need not know every character
+        plain = lambda value: str(value).replace(' × ', 'x').replace('→', '->')
+        lines = [list(self.cells()[0]), *(list(map(plain, row.values())) for row in self.cells())]
         widths = [max(map(len, column)) for column in zip(*lines)]
         text = ['  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines]
         return '\n'.join([*text, self.note])

@@ -3,7 +3,8 @@ import pytest, torch
 from torch import nn
 from torchvision import models
 from flexconv import FlexConv2d
-from flexconv.convert import convert
+from flexconv.convert import conversion_errors, convert, kernel_error
+from flexconv.data import get_dls
 from flexconv.export import bake, export_onnx, export_program
 from flexconv.layers import CKConv
 
@@ -24,7 +25,7 @@ def test_converted_network_trains_bakes_and_exports(name, tmp_path):
     original = networks[name]()
     net = convert(original, kernel_size=9)
     spatial = [m for m in original.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1
-               and m.kernel_size[0] % 2]
+               and m.kernel_size[0] % 2 and not (m.groups == m.in_channels and m.kernel_size[0] < 7)]
     layers = [m for m in net.modules() if isinstance(m, FlexConv2d)]
     assert len(layers) == len(spatial) > 0
     for a, b in zip(spatial, layers):
@@ -51,6 +52,65 @@ def test_converted_network_as_onnx(tmp_path):
     export_onnx(net, x, tmp_path/'net.onnx')
     y, = onnxruntime.InferenceSession(str(tmp_path/'net.onnx')).run(None, {'x': x.numpy()})
     assert (torch.from_numpy(y) - net(x)).abs().max() <= 1e-4*net(x).abs().max()
+
+
+def small():
+    return nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 32, 3, padding=1, groups=2), nn.BatchNorm2d(32), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+
+
+@pytest.mark.parametrize('options', [{}, dict(kernel='siren'), dict(kernel_options=dict(hidden=8))])
+def test_fitted_network_starts_where_the_trained_one_was(options, capsys):
+    torch.manual_seed(0)
+    net, dls = small(), get_dls('digits')
+    opt = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(4):
+        for x, y in dls.train:
+            loss = nn.functional.cross_entropy(net(x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor))
+            opt.zero_grad(); loss.backward(); opt.step()
+    x, y = (torch.cat([t.as_subclass(torch.Tensor) for t in ts]) for ts in zip(*dls.valid))
+    def accuracy(model):
+        with torch.no_grad(): return (model.eval()(x).argmax(1) == y).float().mean().item()
+    before, weights = accuracy(net), {n: p.clone() for n, p in net.state_dict().items()}
+    assert before > 0.93
+    with pytest.warns(UserWarning, match='kernels that it learned are lost'): lost = convert(net, 9, **options)
+    fitted = convert(net, 9, fit=True, **options)
+    assert '3 of 3 convolutions converted; parameters: ' in capsys.readouterr().out
+    assert accuracy(lost) < 0.5 and abs(accuracy(fitted) - before) <= 0.02
+    assert [errors for errors in conversion_errors(net, fitted).values() if errors > 0.05] == []
+    assert accuracy(bake(fitted)) == accuracy(fitted)
+    assert all(torch.equal(p, weights[n]) for n, p in net.state_dict().items())
+    if not options:                                                  # 3x3 and 5x5: exact
+        assert max(conversion_errors(net, fitted).values()) < 1e-4
+        assert (fitted(x) - net(x)).abs().max() < 1e-3*net(x).abs().max()
+    opt = torch.optim.Adam(fitted.train().parameters(), 0.003)       # and it can be trained from there
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(fitted(x[:128]), y[:128])
+        opt.zero_grad(); loss.backward(); opt.step()
+    assert loss < 0.3
+
+
+def test_fit_in_other_precisions_and_shapes():
+    torch.manual_seed(0)
+    for dtype, bound in (torch.float64, 1e-8), (torch.bfloat16, 0.1):
+        conv = nn.Conv2d(8, 8, (1, 5), padding=(0, 2), bias=False, dtype=dtype)
+        layer = convert(conv, 9, fit=True, verbose=False)
+        assert layer.bias is None and kernel_error(layer, conv.weight) < bound, dtype
+
+
+def test_untrained_networks_give_no_warning(recwarn):
+    for make in (*networks.values(), models.squeezenet1_1, models.vgg11, small):
+        convert(make(), 9, verbose=False)
+    assert not [w for w in recwarn if 'looks trained' in str(w.message)]
+
+
+def test_networks_of_small_depthwise_kernels_stay_unless_selected():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+    with pytest.raises(ValueError, match='none'): convert(net)
+    chosen = convert(net, 9, select=lambda name, conv: max(conv.kernel_size) > 1)
+    assert isinstance(chosen[0], FlexConv2d)
 
 
 def test_fan_in_keeps_the_scale():
