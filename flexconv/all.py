@@ -37,6 +37,7 @@ from .baselines import *
 from .convert import *
 from .export import *
 from .stream import *
+from .readers import *
 from .data import *
 from .optimizer import *
 from .callbacks import *
