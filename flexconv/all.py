@@ -40,6 +40,7 @@ from .export import *
 from .stream import *
 from .successors import *
 from .hub import *
+from .readers import *
 from .data import *
 from .optimizer import *
 from .callbacks import *

@@ -19,7 +19,9 @@ base_config = dict(
     epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0, init=None,       # training
     precision='fp32', weight_decay=0., label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
-sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
+sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10', 'speechcommands', 'speechcommands_mfcc',
+                 'chartrajectories', 'chartrajectories30', 'chartrajectories50', 'chartrajectories70']
+image_sets = dict(mnist={}, cifar10={}, cifar100={}, stl10=dict(epochs=100, bs=256), imagenet32=dict(bs=2048))
 
 # %% ../nbs/60_experiments.ipynb #a9661505
 def parse_stages(text):
@@ -81,7 +83,7 @@ def paper_experiments():
         known = model_registry[model]
         suits = dict(model=model, lr=known.lr) | known.settings
         if known.input in ('image', 'any'):
-            for data in 'mnist', 'cifar10': out[f'{data}-{model}'] = dict(data=data) | suits
+            for data, settings in image_sets.items(): out[f'{data}-{model}'] = dict(data=data) | settings | suits
             out[f'cifar10-{model}-fast'] = dict(data='cifar10') | suits | taken_by(model, fast_images)
             out[f'small-{model}'] = small | dict(width=half_width(model)) | suits
         if known.input in ('sequence', 'any'):
