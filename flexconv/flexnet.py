@@ -25,9 +25,9 @@ class Dropout(nn.Dropout):
         mask = (bits >= step - 2**15).to(x.dtype).mul_(1/(1 - step/2**16))
         return x*mask.as_strided(x.shape, torch.empty_like(x, device='meta').stride())      # in the memory order of x
 
-# %% ../nbs/32_flexnet.ipynb #9cb5b913
+# %% ../nbs/32_flexnet.ipynb #b6fa9224
 def small_conv(kernel_size, ndim, causal=False):
-    "A function `(in_channels, out_channels)` that makes a plain convolution and its batch normalisation; None for None."
+    "A function `(in_channels, out_channels)` that makes a plain convolution and a batch normalisation; None for None."
     if kernel_size is None: return None
     kernel_size = check_int(kernel_size, 'small_kernel')
     if causal: conv, options = CausalConv1d, {}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['save_hub', 'from_pretrained']
 
-# %% ../nbs/38_hub.ipynb #45d70037
+# %% ../nbs/38_hub.ipynb #9aa29578
 import json
 from pathlib import Path
 from .files import read_weights, save_weights, write_atomically
 from .registry import model_registry, new_model
 
-# %% ../nbs/38_hub.ipynb #176f6c93
+# %% ../nbs/38_hub.ipynb #ff8ef30d
 def card_header(about):
     "The lines that the Hub reads, YAML between dashes."
     lines = ['library_name: flexconv', f'license: {str(about.get("licence", "other")).lower()}']
@@ -21,7 +21,7 @@ def card_header(about):
     lines += ['tags:', '- flexconv', '- pytorch']
     return '\n'.join(['---', *lines, '---'])
 
-# %% ../nbs/38_hub.ipynb #0f1c8c56
+# %% ../nbs/38_hub.ipynb #714c0060
 def card_rows(about):
     "What the card says of a network, `[(name, text), ...]`, as far as it is known."
     data, results, training = (about.get(part, {}) for part in ('data', 'results', 'training'))
@@ -39,11 +39,12 @@ def card_text(about, name):
     "A card in Markdown."
     table = '\n'.join(f'| {what} | {text} |' for what, text in card_rows(about))
     usage = f"```python\nfrom flexconv import from_pretrained\nmodel = from_pretrained('{name}').eval()\n```"
-    return '\n\n'.join([card_header(about), f'# {name}', f'A `{about["model"]}` of [flexconv](https://flexconv.github.io'
-                        '/flexconv): convolutions whose kernels are functions and whose size is learned.',
-                        usage, f'| | |\n|---|---|\n{table}']) + '\n'
+    site = 'https://flexconv.github.io/flexconv'
+    what = (f'A `{about["model"]}` of [flexconv]({site}): '
+            'convolutions whose kernel is a function and whose size is learned.')
+    return '\n\n'.join([card_header(about), f'# {name}', what, usage, f'| | |\n|---|---|\n{table}']) + '\n'
 
-# %% ../nbs/38_hub.ipynb #32c28612
+# %% ../nbs/38_hub.ipynb #27c1c226
 def save_hub(model,      # a network
              folder,     # where the files shall be: a new folder, or one that this function wrote
              about):     # what its weights say of themselves: `pretrained_cfg`, or of a run
@@ -59,7 +60,7 @@ def save_hub(model,      # a network
     write_atomically(folder/'README.md', card_text(about, folder.resolve().name))
     return folder
 
-# %% ../nbs/38_hub.ipynb #6531c8c0
+# %% ../nbs/38_hub.ipynb #ff6f52a4
 def read_hub_config(folder, strict=True):
     "The `config.json` of a folder, a dict; where `strict`, a ValueError if it is not one of ours."
     path = Path(folder)/'config.json'
@@ -72,7 +73,7 @@ def read_hub_config(folder, strict=True):
         raise ValueError(f'folder must be written by save_hub; {path} lacks architecture, in_channels or num_classes')
     return found if isinstance(found, dict) else {}
 
-# %% ../nbs/38_hub.ipynb #40c165b5
+# %% ../nbs/38_hub.ipynb #6aaa703a
 def from_pretrained(folder,              # written by `save_hub`, or by `flexconv_export --hub`
                     num_classes=None,    # by default as trained; others: a new, untrained head; 0: no head
                     **kwargs):           # further arguments of the network, which replace those of `config.json`

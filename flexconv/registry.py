@@ -58,13 +58,13 @@ def list_models(pattern='*',          # shell-style, e.g. 'flexnet*'
     "Names that match, sorted: of the registered models, or of trained ones."
     return sorted(name for name in (shipped_weights() if pretrained else model_registry) if fnmatch(name, pattern))
 
-# %% ../nbs/31_registry.ipynb #f52924e9
+# %% ../nbs/31_registry.ipynb #9a8a96b1
 def as_json(value):
     "`value` in the terms of JSON: tuples become lists, and what it does not know, text."
     name_of = lambda v: getattr(v, '__qualname__', None) or repr(v)
     return json.loads(json.dumps(value, default=name_of))
 
-# %% ../nbs/31_registry.ipynb #0f0d58d0
+# %% ../nbs/31_registry.ipynb #3edc4800
 def new_model(name, in_channels, num_classes, options,    # as in `create_model`
               weights, about):                            # trained weights or None, and what they say of themselves
     "A network with its `config`, and with trained weights where there are some."
@@ -88,7 +88,7 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
 # %% ../nbs/31_registry.ipynb #da4841bc
 def create_model(name,                   # see `list_models`; 'flexnet7.cifar10' means pretrained='cifar10'
                  in_channels=None,       # channels of the input; by default 3, or those of the trained weights
-                 num_classes=None,       # scores; by default 10 or as trained; others: a new, untrained head; 0: no head
+                 num_classes=None,       # scores; by default 10 or as trained; others: a new head, untrained; 0: none
                  pretrained=None,        # trained weights: their data, a file, a run folder, a URL; True: the only ones
                  features_only=False,    # True: `FeatureMaps` of the network
                  out_indices=None,       # with features_only: which of the feature maps, e.g. (0, -1); by default all
@@ -104,7 +104,7 @@ def create_model(name,                   # see `list_models`; 'flexnet7.cifar10'
     if out_indices is not None: raise ValueError(f'out_indices needs features_only=True; got {out_indices!r} without')
     return model
 
-# %% ../nbs/31_registry.ipynb #87b6d4b2
+# %% ../nbs/31_registry.ipynb #378c19ea
 class Classifier(nn.Module):
     """Base of networks in two halves with timm's names: `forward_features` to a feature map, `forward_head` to scores.
     A subclass has `blocks`, an `nn.Sequential`, and calls `set_head` when all else is made."""
@@ -165,7 +165,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         if hasattr(self, 'config'): self.config = self.config | dict(num_classes=num_classes)
 
-# %% ../nbs/31_registry.ipynb #afe9c25c
+# %% ../nbs/31_registry.ipynb #e744aa8d
 class FeatureInfo(list):
     "What is known of each feature map: dicts with `module`, `num_chs` and `reduction`, as timm has them."
     def channels(self): return [info['num_chs'] for info in self]
@@ -177,7 +177,7 @@ def as_classifier(model, what):
     if isinstance(model, Classifier): return model
     raise ValueError(f'{what} needs a network that derives from Classifier; got {type(model).__name__}')
 
-# %% ../nbs/31_registry.ipynb #6c6cebec
+# %% ../nbs/31_registry.ipynb #844911a4
 class FeatureMaps(nn.Module):
     "The feature maps of a `Classifier`, without its head: `(B, C, *S)` to a list, as timm's `features_only=True`."
     def __init__(self,
@@ -189,7 +189,8 @@ class FeatureMaps(nn.Module):
         if out_indices is None: out_indices = known
         for i in out_indices:
             if not (isinstance(i, int) and -len(known) <= i < len(known)):
-                raise ValueError(f'out_indices must be ints from {-len(known)} to {len(known) - 1}; got {out_indices!r}')
+                allowed = f'{-len(known)} to {len(known) - 1}'
+                raise ValueError(f'out_indices must be ints from {allowed}; got {out_indices!r}')
         self.out_indices = [known[i] for i in out_indices]
         self.model, self.config = model, getattr(model, 'config', None)
         self.feature_info = FeatureInfo(model.feature_info[i] for i in self.out_indices)

@@ -1,4 +1,4 @@
-"What users of timm and of files type: two halves of a network, feature maps, new heads, and what a model was made from."
+"What users of timm and of files type: two halves of a network, feature maps, new heads; and the successors."
 import copy, json, os, subprocess, sys
 import pytest, torch, yaml
 from torch import nn
@@ -144,7 +144,7 @@ def test_sequences_are_causal(name, channels):
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('groups', [1, 2])
 def test_smpconv_is_its_whole_kernel(shared, groups, close):
-    "Output and gradients of the cropped kernel are those of the kernel on the whole grid, written as a sum over points."
+    "Output and gradients of the cropped kernel are those of a sum over points on the whole grid."
     torch.manual_seed(0)
     layer = SMPConv2d(4, 6, 17, groups=groups, spread=0.2, shared=shared).double()
     x = torch.randn(2, 4, 12, 13, dtype=torch.float64)
