@@ -8,6 +8,7 @@ __all__ = ['KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm', 'Kernel
 
 # %% ../nbs/42_callbacks.ipynb #38d797b1
 import inspect
+import math
 import warnings
 from functools import partial
 
@@ -45,8 +46,16 @@ class KernelSizes(Callback):
         self.trained = not hasattr(self.learn, 'lr_finder')
 
     def after_epoch(self):                                     # of `validate` and `get_preds` as well
-        if self.trained: self.history.append(kernel_sizes(self.model))
+        if self.trained:
+            self.history.append(kernel_sizes(self.model))
+            writer = getattr(getattr(self.learn, 'tensor_board', None), 'writer', None)
+            if writer is not None: self.write(writer)
         self.trained = False
+
+    def write(self, writer):
+        "The sizes of now for TensorBoard, where fastai's `TensorBoardCallback` is at work: geometric means, in pixels."
+        for name, size in self.history[-1].items():
+            writer.add_scalar(f'kernel_size/{name}', math.prod(size)**(1/len(size)), self.train_iter)
 
 # %% ../nbs/42_callbacks.ipynb #20478a40
 class RefreshSizes(Callback):

@@ -69,6 +69,15 @@ def images_and_labels(items):
     return [image for image, _ in items], [label for _, label in items]
 
 # %% ../nbs/40_data.ipynb #2df4e572
+class TensorLabel(TensorCategory):
+    "Class numbers that meet fastai's other tensors in any function of torch, a loss for one; what comes out is plain."
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        others = [t for t in types if issubclass(t, TensorBase) and not issubclass(cls, t)]
+        if not others: return super().__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass(): return func(*args, **(kwargs or {}))
+
+# %% ../nbs/40_data.ipynb #eb2dfc7a
 class ImageSet:
     "What every set of images has: class names, labels `(N,)` or None, and whether it is for training or validation."
     loss_func, n_inp, kind = CrossEntropyLossFlat(), 1, TensorImage
@@ -81,7 +90,7 @@ class ImageSet:
         self.y, self.vocab, self.split_idx = y, CategoryMap(vocab, sort=False), split_idx
 
     def __getitem__(self, i): return self.labelled(self.kind(self.image(i)), i)
-    def labelled(self, image, i): return (image,) if self.y is None else (image, TensorCategory(self.y[i]))
+    def labelled(self, image, i): return (image,) if self.y is None else (image, TensorLabel(self.y[i]))
     def decode(self, o, full=True): return (o[0], *(Category(self.vocab[int(label)]) for label in o[1:]))
 
     @property

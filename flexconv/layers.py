@@ -392,6 +392,15 @@ def starting_sigma(sigma, size, kernel_size, threshold, causal):
         raise ValueError(f'size must be {"" if causal else "odd and "}at most kernel_size={kernel_size}; got {size!r}')
     return [sigma_for_size(min(s, n), n, threshold, causal) for s, n in zip(sizes, kernel_size)]
 
+# %% ../nbs/21_layers.ipynb #6937ce7e
+def is_batched(tensor):
+    "True for one of several values that `torch.func.vmap` computes at once: it cannot be read."
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor): return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
 # %% ../nbs/21_layers.ipynb #f71a0e61
 class FlexConv(CKConv):
     """Convolution with a continuous kernel of learned size (Romero, Bruintjes et al., 2022):
@@ -490,7 +499,7 @@ class FlexConv(CKConv):
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."
         grid, device = self.grid_size, self.mask.sigma.device
-        if tracing(): return self.window.bounds if self.window.fits(grid) else tuple((0, n) for n in grid), False
+        if tracing() or is_batched(self.mask.sigma): return self.window.bounds if self.window.fits(grid) else tuple((0, n) for n in grid), False
         if not (self.training and read_blocks(device)): return self.bounds(), True
         if self.window.due(grid): refresh_sizes(self)
         return self.window.bounds, False

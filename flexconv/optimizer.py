@@ -61,6 +61,11 @@ class MaskAdam(OptimWrapper):
                          weight_decay=weight_decay, foreach=True)
         self.set_hyper('wd', weight_decay)
 
+    @property
+    def hypers(self):
+        "The settings of each group that have a value; fastai's callbacks, TensorBoard's for one, want no None."
+        return [{k: v for k, v in group.items() if v is not None} for group in super().hypers]
+
     def set_hyper(self, k, v):
         if np.isscalar(v) and len(self.param_lists) == 2:
             if k == 'lr': v = [v*self.mask_lr, v]

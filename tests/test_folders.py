@@ -468,6 +468,19 @@ def test_plain_loop(kind, folder):
     assert [type(t) for t in next(iter(dls.test_dl([dls.valid_ds.items[0][0]])))] == [torch.Tensor]
 
 
+@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(label_smoothing=0.1), F.cross_entropy, F.multi_margin_loss,
+                                       lambda logits, y: F.mse_loss(logits, F.one_hot(y, 10).float()),
+                                       lambda logits, y: -logits.log_softmax(1)[torch.arange(len(y)), y].mean()])
+def test_fastai_batches_in_a_plain_loop(loss_func):
+    x, y = get_dls('digits', max_items=64).one_batch()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    loss = loss_func(net(x), y)
+    assert torch.equal(loss.as_subclass(torch.Tensor), loss_func(net(x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor)))
+    loss.backward()
+    hits = net(x).topk(5)[1].eq(y[:, None]).any(1).sum() + (net(x).argmax(1) == y).sum()
+    assert net[1].weight.grad.abs().max() > 0 and 0 <= hits <= 128
+
+
 # Runs
 
 def test_a_run_keeps_its_split(folder, tmp_path, capsys):

@@ -302,3 +302,20 @@ def test_values_and_gradients_are_those_of_the_single_steps():
         plain = torch.func.grad(loss)({k: v.detach() for k, v in params.items()})
         fast = dict(zip(params, torch.autograd.grad(layer(x).square().sum(), list(params.values()))))
         for name in params: assert torch.allclose(fast[name], plain[name], rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'lowrank', 'auto'])
+def test_vmap_over_an_ensemble_of_masks(method, train):
+    "Layers of different sizes in one call: outputs and gradients are those of each alone."
+    torch.manual_seed(0)
+    members = [FlexConv2d(2, 3, 9, sigma=s, conv_method=method).train(train) for s in (0.15, 0.3, 0.6)]
+    x, (stack, _) = torch.randn(4, 2, 12, 12), torch.func.stack_module_state(members)
+    def loss(params): return torch.func.functional_call(members[0], params, (x,)).square().sum()
+    losses = torch.func.vmap(loss)(stack)
+    grads = torch.func.vmap(torch.func.grad(loss))(stack)
+    for i, member in enumerate(members):
+        want = member(x).square().sum()
+        assert torch.allclose(losses[i], want, rtol=1e-4)
+        sigma, = torch.autograd.grad(want, member.mask.sigma)
+        assert torch.allclose(grads['mask.sigma'][i], sigma, rtol=1e-3, atol=1e-4*sigma.abs().max())
