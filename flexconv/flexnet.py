@@ -16,10 +16,12 @@ from .registry import Classifier, create_model, list_models, register_model
 
 # %% ../nbs/32_flexnet.ipynb #f3dac986
 class Dropout(nn.Dropout):
-    "`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere `nn.Dropout`."
+    """`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere, and in a compiled
+    program, which draws its own, `nn.Dropout`."""
     def forward(self, x):
         step = round(self.p*2**16)                                         # of 65,536
-        if not self.training or step in (0, 2**16) or x.device.type != 'cpu': return super().forward(x)
+        elsewhere = x.device.type != 'cpu' or torch.compiler.is_compiling()
+        if elsewhere or not self.training or step in (0, 2**16): return super().forward(x)
         words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
         bits = words.view(torch.int16)[:x.numel()]
         mask = (bits >= step - 2**15).to(x.dtype).mul_(1/(1 - step/2**16))
