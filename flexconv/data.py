@@ -661,29 +661,6 @@ def hold_out(labels,       # {path: class}
     if not held: raise ValueError('no class has two images, so that none can be held out for validation')
     return sorted(held)
 
-# %% ../nbs/40_data.ipynb #320ff4d6
-def divide(path,              # a folder of images
-           valid_pct=None,    # hold out this part of the training images
-           seed=0):
-    "`({path: class}, {path: class})` of the training and validation images; a ValueError says what is not understood."
-    path = Path(path)
-    files = image_paths(path)
-    if not files: raise FileNotFoundError(f'{path} holds no images; it must have a folder of images for each class')
-    splits = split_folders(path)
-    counts = {name: sum(f.startswith(name + '/') for f in files) for name in splits.values()}
-    found = 'found ' + ', '.join(f'{n:,} images in {name}' for name, n in counts.items())
-    if others := [f for f in files if splits and f.split('/')[0] not in counts or '/' not in f]:
-        beside = f' beside {", ".join(counts)}' if splits else ''
-        raise ValueError(f'{path} must hold folders of images only; found {_some(others)}{beside}')
-    if not splits: train, valid = by_class(files, ''), None
-    elif 'train' not in splits: raise ValueError(f'{path} must hold train beside {", ".join(counts)}; {found}')
-    else: train, valid = by_class(files, splits['train']), _valid_files(path, files, splits, valid_pct, found)
-    _check_classes(path/splits.get('train', ''), train, valid or {})
-    if valid is None:
-        held = hold_out(train, 0.2 if valid_pct is None else valid_pct, seed)
-        train, valid = {f: c for f, c in train.items() if f not in set(held)}, {f: train[f] for f in held}
-    return train, valid
-
 # %% ../nbs/40_data.ipynb #9ddd9982
 def _valid_files(path, files, splits, valid_pct, found):
     "`{path: class}` of the validation images of a divided folder, None where `valid_pct` of its training images are."
@@ -710,6 +687,29 @@ def _check_classes(folder, train, valid):
     if len(classes) < 2:
         raise ValueError(f'{folder} must hold images of at least 2 classes, each in its own folder; found {classes}')
     if unknown: raise ValueError(f'classes for validation must be among {_some(classes, 20)}; found {_some(unknown)}')
+
+# %% ../nbs/40_data.ipynb #320ff4d6
+def divide(path,              # a folder of images
+           valid_pct=None,    # hold out this part of the training images
+           seed=0):
+    "`({path: class}, {path: class})` of the training and validation images; a ValueError says what is not understood."
+    path = Path(path)
+    files = image_paths(path)
+    if not files: raise FileNotFoundError(f'{path} holds no images; it must have a folder of images for each class')
+    splits = split_folders(path)
+    counts = {name: sum(f.startswith(name + '/') for f in files) for name in splits.values()}
+    found = 'found ' + ', '.join(f'{n:,} images in {name}' for name, n in counts.items())
+    if others := [f for f in files if splits and f.split('/')[0] not in counts or '/' not in f]:
+        beside = f' beside {", ".join(counts)}' if splits else ''
+        raise ValueError(f'{path} must hold folders of images only; found {_some(others)}{beside}')
+    if not splits: train, valid = by_class(files, ''), None
+    elif 'train' not in splits: raise ValueError(f'{path} must hold train beside {", ".join(counts)}; {found}')
+    else: train, valid = by_class(files, splits['train']), _valid_files(path, files, splits, valid_pct, found)
+    _check_classes(path/splits.get('train', ''), train, valid or {})
+    if valid is None:
+        held = hold_out(train, 0.2 if valid_pct is None else valid_pct, seed)
+        train, valid = {f: c for f, c in train.items() if f not in set(held)}, {f: train[f] for f in held}
+    return train, valid
 
 # %% ../nbs/40_data.ipynb #e099491d
 class ImageFiles(ImageSet):
