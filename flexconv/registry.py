@@ -58,13 +58,13 @@ def list_models(pattern='*',          # shell-style, e.g. 'flexnet*'
     "Names that match, sorted: of the registered models, or of trained ones."
     return sorted(name for name in (shipped_weights() if pretrained else model_registry) if fnmatch(name, pattern))
 
-# %% ../nbs/31_registry.ipynb #9a8a96b1
+# %% ../nbs/31_registry.ipynb #0d6dcaad
 def as_json(value):
     "`value` in the terms of JSON: tuples become lists, and what it does not know, text."
     name_of = lambda v: getattr(v, '__qualname__', None) or repr(v)
     return json.loads(json.dumps(value, default=name_of))
 
-# %% ../nbs/31_registry.ipynb #3edc4800
+# %% ../nbs/31_registry.ipynb #36afd768
 def new_model(name, in_channels, num_classes, options,    # as in `create_model`
               weights, about):                            # trained weights or None, and what they say of themselves
     "A network with its `config`, and with trained weights where there are some."
@@ -104,12 +104,15 @@ def create_model(name,                   # see `list_models`; 'flexnet7.cifar10'
     if out_indices is not None: raise ValueError(f'out_indices needs features_only=True; got {out_indices!r} without')
     return model
 
-# %% ../nbs/31_registry.ipynb #378c19ea
+# %% ../nbs/31_registry.ipynb #1f7d1f8e
 class Classifier(nn.Module):
     """Base of networks in two halves with timm's names: `forward_features` to a feature map, `forward_head` to scores.
     A subclass has `blocks`, an `nn.Sequential`, and calls `set_head` when all else is made."""
     head_name = 'head'           # of the layer that gives the scores
     block_prefix = 'blocks.'     # of the names of the blocks
+
+    def __init__(self, *modules):    # those of an `nn.Sequential`, where a subclass is one too
+        super().__init__(*modules)
 
     def set_head(self, num_features,    # channels of the last feature map
                  num_classes,           # length of the scores
@@ -165,7 +168,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         if hasattr(self, 'config'): self.config = self.config | dict(num_classes=num_classes)
 
-# %% ../nbs/31_registry.ipynb #e744aa8d
+# %% ../nbs/31_registry.ipynb #b5611aee
 class FeatureInfo(list):
     "What is known of each feature map: dicts with `module`, `num_chs` and `reduction`, as timm has them."
     def channels(self): return [info['num_chs'] for info in self]
@@ -177,7 +180,7 @@ def as_classifier(model, what):
     if isinstance(model, Classifier): return model
     raise ValueError(f'{what} needs a network that derives from Classifier; got {type(model).__name__}')
 
-# %% ../nbs/31_registry.ipynb #844911a4
+# %% ../nbs/31_registry.ipynb #036c7181
 class FeatureMaps(nn.Module):
     "The feature maps of a `Classifier`, without its head: `(B, C, *S)` to a list, as timm's `features_only=True`."
     def __init__(self,

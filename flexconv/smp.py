@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['triangles', 'SMPKernel', 'SeparateSMPKernel']
 
-# %% ../nbs/05_smp.ipynb #5561ee1e
+# %% ../nbs/05_smp.ipynb #0679f108
 import torch
 from torch import nn
 from .core import check_int, check_number
 from .kernels import KernelNetwork, PointwiseLinear, register_kernel_network
 from .mask import clamp_straight_through
 
-# %% ../nbs/05_smp.ipynb #3c7fca15
+# %% ../nbs/05_smp.ipynb #9b3ce8ea
 def triangles(positions,    # `(D, N)`
               places,       # of the points, `(..., P, D)`
               radius):      # `(..., P)`
@@ -20,19 +20,19 @@ def triangles(positions,    # `(D, N)`
     distance = (places[..., None] - positions).abs().sum(-2)          # (..., P, N)
     return torch.relu(1 - distance/radius[..., None])
 
-# %% ../nbs/05_smp.ipynb #ebaf57d1
+# %% ../nbs/05_smp.ipynb #64c93092
 def mean_of_overlapping(g):    # of `triangles`, `(..., P, N)`
     "Each value divided by the number of points that are not 0 at its position."
     return g/(g > 0).sum(-2, keepdim=True).clamp(min=1)
 
-# %% ../nbs/05_smp.ipynb #48d9a8b7
+# %% ../nbs/05_smp.ipynb #6096d333
 def random_places(*shape, spread, causal, device=None, dtype=None):
     "Places of points, normal around 0 with standard deviation `spread`; causal ones are below 1, twice as far."
     places = torch.empty(*shape, device=device, dtype=dtype)
     if not causal: return nn.init.trunc_normal_(places, std=spread, a=-1., b=1.)
     return 1 + 2*nn.init.trunc_normal_(places, std=spread, a=-1., b=0.)
 
-# %% ../nbs/05_smp.ipynb #5f237ded
+# %% ../nbs/05_smp.ipynb #e69e1586
 @register_kernel_network('smp')
 class SMPKernel(KernelNetwork):
     "Points with learned places, radii and weights (after Kim & Park, 2023), shared by all kernels: rank `points`."
@@ -71,7 +71,7 @@ class SMPKernel(KernelNetwork):
         radii = self.radii().detach().flatten()[:, None]
         return torch.stack([(places - radii).amin(0), (places + radii).amax(0)])
 
-# %% ../nbs/05_smp.ipynb #7b3ca84c
+# %% ../nbs/05_smp.ipynb #7e6262ec
 @register_kernel_network('smp_separate')
 class SeparateSMPKernel(SMPKernel):
     "As `SMPKernel`, with points of its own for each of `sets` equal parts of the kernels (Kim & Park, 2023)."

@@ -6,7 +6,7 @@
 __all__ = ['SMPConv', 'SMPConv1d', 'SMPConv2d', 'smpnet7', 'smptcn2', 'smptcn6', 'CCNNBlock', 'CCNN', 'ccnn4_140', 'ccnn6_380',
            'MixerBlock', 'ConvMixer', 'convmixer256_8', 'flexmixer256_8']
 
-# %% ../nbs/37_successors.ipynb #d366a01e
+# %% ../nbs/37_successors.ipynb #e255d9c2
 import torch
 from torch import nn
 from .core import check_int, check_number, tracing
@@ -16,12 +16,12 @@ from .smp import SMPKernel     # registers 'smp' and 'smp_separate'
 from .registry import Classifier, register_model
 from .flexnet import FlexTCN, flexnet7
 
-# %% ../nbs/37_successors.ipynb #6121d0f1
+# %% ../nbs/37_successors.ipynb #94c24071
 def count(model):
     "Number of parameters of a model."
     return sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/37_successors.ipynb #95368038
+# %% ../nbs/37_successors.ipynb #9b70def9
 class SMPConv(CKConv):
     """Convolution whose kernels are sums of moving points (Kim & Park, 2023), cropped to where they reach,
     `(B, in_channels, *S)` to `(B, out_channels, *S)`. Base of the 1d and 2d classes."""
@@ -67,25 +67,32 @@ class SMPConv2d(SMPConv):
     "SMPConv of images, `(B, C, H, W)`."
     ndim = 2
 
-# %% ../nbs/37_successors.ipynb #73a4e4da
+# %% ../nbs/37_successors.ipynb #9f7f0337
 @register_model(input='image', takes=('kernel_size', 'dropout'), lr=0.005, settings=dict(dropout=0.1))
-def smpnet7(in_channels=3, num_classes=10, **kwargs):
+def smpnet7(in_channels=3,    # channels of the input
+            num_classes=10,   # length of the scores
+            **kwargs):        # further arguments of `FlexNet`
     "FlexNet-7 with SMPConv and small 3x3 convolutions (Kim & Park, 2023)."
     options = dict(conv=SMPConv2d, bias=False, small_kernel=3, dropout=0.1)
     return flexnet7(in_channels, num_classes, **options | kwargs)
 
-@register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.001)
-def smptcn2(in_channels=1, num_classes=10, blocks=2, **kwargs):
+@register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.0001)
+def smptcn2(in_channels=1,    # channels of the input
+            num_classes=10,   # length of the scores
+            blocks=2,         # number of residual blocks
+            **kwargs):        # further arguments of `FlexTCN`
     "FlexTCN with 2 residual blocks of SMPConv and small convolutions of 5 samples (after Kim & Park, 2023)."
     options = dict(conv=SMPConv1d, bias=False, small_kernel=5, dropout=0., points=30, radius=0.002, spread=0.1)
     return FlexTCN(in_channels, num_classes, blocks, **options | kwargs)
 
-@register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.001)
-def smptcn6(in_channels=1, num_classes=10, **kwargs):
+@register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.0001)
+def smptcn6(in_channels=1,    # channels of the input
+            num_classes=10,   # length of the scores
+            **kwargs):        # further arguments of `FlexTCN`
     "FlexTCN with 6 residual blocks of SMPConv and small convolutions of 5 samples (Kim & Park, 2023)."
     return smptcn2(in_channels, num_classes, 6, **kwargs)
 
-# %% ../nbs/37_successors.ipynb #aca93a35
+# %% ../nbs/37_successors.ipynb #2afc52e8
 flex_convs = {1: FlexConv1d, 2: FlexConv2d}
 plain_convs = {1: nn.Conv1d, 2: nn.Conv2d}
 batch_norms = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
@@ -103,7 +110,7 @@ def separable_conv(in_channels, out_channels, ndim, kernel_size, **options):
     conv = flex_convs[ndim](in_channels, in_channels, kernel_size, groups=in_channels, **options)
     return nn.Sequential(conv, pointwise_conv(in_channels, out_channels, ndim))
 
-# %% ../nbs/37_successors.ipynb #6e699237
+# %% ../nbs/37_successors.ipynb #cf059441
 class CCNNBlock(nn.Module):
     "Residual block of a CCNN, `(B, width, *S)` to the same; after the block of S4 (Gu et al., 2022)."
     def __init__(self,
@@ -122,7 +129,7 @@ class CCNNBlock(nn.Module):
         h = nn.functional.gelu(self.conv(self.norm(x)))
         return x + nn.functional.gelu(self.mix(self.dropout(h)))
 
-# %% ../nbs/37_successors.ipynb #51b7aabb
+# %% ../nbs/37_successors.ipynb #5d87c7cf
 class CCNN(Classifier):
     """Continuous convolutional network (Romero, Knigge et al., 2022): images `(B, in_channels, H, W)`, or sequences
     `(B, in_channels, L)`, to scores `(B, num_classes)`."""
@@ -163,18 +170,24 @@ class CCNN(Classifier):
 
     def pool(self, x): return super().pool(self.last_norm(x))
 
-# %% ../nbs/37_successors.ipynb #90b482ca
+# %% ../nbs/37_successors.ipynb #411ea982
 @register_model(input='any', takes=('ndim', 'kernel_size', 'dropout', 'sigma'))
-def ccnn4_140(in_channels=3, num_classes=10, width=140, **kwargs):
+def ccnn4_140(in_channels=3,    # channels of the input
+              num_classes=10,   # length of the scores
+              width=140,        # channels of each block
+              **kwargs):        # further arguments of `CCNN`
     "CCNN with 4 blocks of 140 channels (Romero, Knigge et al., 2022)."
     return CCNN(in_channels, num_classes, 4, width, **kwargs)
 
 @register_model(input='any', takes=('ndim', 'kernel_size', 'dropout', 'sigma'))
-def ccnn6_380(in_channels=3, num_classes=10, width=380, **kwargs):
+def ccnn6_380(in_channels=3,    # channels of the input
+              num_classes=10,   # length of the scores
+              width=380,        # channels of each block
+              **kwargs):        # further arguments of `CCNN`
     "CCNN with 6 blocks of 380 channels (Romero, Knigge et al., 2022)."
     return CCNN(in_channels, num_classes, 6, width, **dict(hidden=64) | kwargs)
 
-# %% ../nbs/37_successors.ipynb #28f7a920
+# %% ../nbs/37_successors.ipynb #36cd2c7a
 class MixerBlock(nn.Module):
     "Block of a ConvMixer, `(B, width, H, W)` to the same."
     def __init__(self,
@@ -188,7 +201,7 @@ class MixerBlock(nn.Module):
         x = x + self.norm1(nn.functional.gelu(self.depthwise(x)))
         return self.norm2(nn.functional.gelu(self.pointwise(x)))
 
-# %% ../nbs/37_successors.ipynb #c71faa21
+# %% ../nbs/37_successors.ipynb #291bdb8e
 class ConvMixer(Classifier):
     """ConvMixer (Trockman & Kolter, 2022), with depthwise convolutions of any kind:
     images `(B, in_channels, H, W)` to scores `(B, num_classes)`."""
@@ -213,14 +226,22 @@ class ConvMixer(Classifier):
 
     def stem_features(self, x): return self.norm(nn.functional.gelu(self.stem(x)))    # (B, width, H/patch, W/patch)
 
-# %% ../nbs/37_successors.ipynb #6900b92f
+# %% ../nbs/37_successors.ipynb #3ed021f9
 @register_model(input='image', takes=())
-def convmixer256_8(in_channels=3, num_classes=10, width=256, **kwargs):
+def convmixer256_8(in_channels=3,    # channels of the input
+                   num_classes=10,   # length of the scores
+                   width=256,        # channels of each block
+                   **kwargs):        # further arguments of `ConvMixer`
     "ConvMixer-256/8 with 5x5 depthwise convolutions on patches of 2x2 pixels (Trockman & Kolter, 2022)."
     return ConvMixer(in_channels, num_classes, width, 8, **kwargs)
 
 @register_model(input='image', takes=('kernel_size',))
-def flexmixer256_8(in_channels=3, num_classes=10, width=256, kernel_size=33, patch_size=2, **kwargs):
+def flexmixer256_8(in_channels=3,    # channels of the input
+                   num_classes=10,   # length of the scores
+                   width=256,        # channels of each block
+                   kernel_size=33,   # the largest size a kernel can grow to, in pixels of the image
+                   patch_size=2,     # height and width of a patch, in pixels
+                   **kwargs):        # further arguments of `ConvMixer`
     "ConvMixer-256/8 with depthwise FlexConvs; `kernel_size` is in pixels of the image."
     patches = check_int(kernel_size, 'kernel_size')//check_int(patch_size, 'patch_size')
     options = dict(conv=FlexConv2d, init='fan_in') | kwargs

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['register_with_timm']
 
-# %% ../nbs/39_timm.ipynb #893d966f
+# %% ../nbs/39_timm.ipynb #0a9c7c0f
 import flexconv      # registers the models
 from .registry import create_model, list_models, read_pretrained, shipped_weights
 
-# %% ../nbs/39_timm.ipynb #7a326f79
+# %% ../nbs/39_timm.ipynb #0dd282a6
 try:
     import timm
     from timm.models import generate_default_cfgs, register_model
 except ImportError: raise ImportError('flexconv.timm needs timm (pip install timm); '
                                       'without it, use flexconv.create_model') from None
 
-# %% ../nbs/39_timm.ipynb #e48e1bf4
+# %% ../nbs/39_timm.ipynb #9d6f5fdf
 unused = 'pretrained_cfg_overlay', 'cache_dir'      # what timm passes to every model
 
 def to_our_words(kwargs):
@@ -24,7 +24,7 @@ def to_our_words(kwargs):
     words = dict(in_chans='in_channels', drop_rate='dropout')
     return {words.get(name, name): value for name, value in kwargs.items() if name not in unused and value is not None}
 
-# %% ../nbs/39_timm.ipynb #5d6f2ec9
+# %% ../nbs/39_timm.ipynb #59178872
 def timm_config(about):
     "What weights say of themselves, in timm's words; `{}` for no weights."
     if not about: return {}
@@ -33,7 +33,7 @@ def timm_config(about):
                 num_classes=about['num_classes'], crop_pct=1., interpolation='bilinear', classifier='head',
                 fixed_input_size=False)
 
-# %% ../nbs/39_timm.ipynb #f742a4cf
+# %% ../nbs/39_timm.ipynb #4ac2e810
 def entry_point(name):
     "The function by which timm makes a model of this name."
     def make(pretrained=False, pretrained_cfg=None, **kwargs):
@@ -46,7 +46,7 @@ def entry_point(name):
     make.__doc__ = f"`flexconv.create_model('{name}')`, in timm's words."
     return make
 
-# %% ../nbs/39_timm.ipynb #40c30104
+# %% ../nbs/39_timm.ipynb #e40cf91c
 def register_with_timm():
     "Enter all models of `list_models`, and their trained weights, into timm's registry; importing this module does it."
     trained = {name: read_pretrained(path)[1] for name, path in shipped_weights().items()}
