@@ -111,7 +111,7 @@ def test_imagenet32(tmp_path, rng, named):
 
 @pytest.fixture
 def speech_folder(tmp_path, rng):
-    "Speech Commands 0.02: a folder for each word, names of speakers with _nohash_, lists; a word that is not asked for."
+    "Speech Commands 0.02: a folder for each word, names of speakers with _nohash_; other words too."
     folder = tmp_path/'SpeechCommands'/'speech_commands_v0.02'
     for word in [*speech_words, 'marvin', '_background_noise_']:
         (folder/word).mkdir(parents=True)
