@@ -17,7 +17,8 @@ base_config = dict(
     model=None, width=None, dropout=None, kernel_size=None, sigma=None, kernel=None,      # network
     conv_method=None, input_scale=None, scale=1.,
     epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0, init=None,       # training
-    precision='fp32', label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
+    precision='fp32', label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0., augment=None,
+    keep_best=None, patience=None,
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10']
 
@@ -32,10 +33,13 @@ def parse_stages(text):
 def check_config(cfg):
     "A configuration whose values make sense; a ValueError where one does not."
     given = {name: value for name, value in cfg.items() if value is not None}
-    for name in ('epochs', 'bs', 'width', 'kernel_size', 'max_items', 'target_epochs'):
+    for name in ('epochs', 'bs', 'width', 'kernel_size', 'max_items', 'target_epochs', 'patience'):
         if name in given: check_int(given[name], name)
     for name in ('dropout', 'sigma', 'valid_pct', 'input_scale', 'scale'):
         if name in given: check_number(given[name], name)
+    for name in 'augment', 'keep_best':
+        if not isinstance(given.get(name, True), bool):
+            raise ValueError(f'{name} must be true or null; got {given[name]!r}')
     for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive', 'init'):
         if name in given and not isinstance(given[name], str):
             raise ValueError(f'{name} must be text; got {given[name]!r}')
