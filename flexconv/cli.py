@@ -32,18 +32,20 @@ from fastcore.script import call_parse, store_true
 import flexconv
 # first, because it keeps fastai's import quiet
 from .data import check_record, data_sets, divide, get_dls, labelled_images, record_dls, split_folders
+from .data import validates_on_test_set
 import fastai
+from fastai.callback.core import Callback, CancelFitException
 from fastai.interpret import ClassificationInterpretation
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
-# %% ../nbs/61_cli.ipynb #46247853
+# %% ../nbs/61_cli.ipynb #b46cdb6e
 from .core import check_choice, check_int, keep_freed_memory
 from .aliasing import aliasing_loss
 from .layers import conv_layers, kernel_sizes
 from .registry import list_models, load_pretrained
 from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
-from .runs import RunRecorder, about_run, load_run, model_options, size_text
+from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, size_text
 from .optimizer import MaskAdam
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
@@ -209,16 +211,17 @@ def check_device(device):
 def data_for(cfg, device):
     "The data of a configuration. Errors name the option."
     try: return get_dls(cfg['data'], cfg['path'], cfg['bs'], cfg['size'], valid_pct=cfg['valid_pct'],
-                        max_items=cfg['max_items'], seed=cfg['seed'], device=device)
+                        max_items=cfg['max_items'], seed=cfg['seed'], device=device, augment=cfg['augment'])
     except (ValueError, FileNotFoundError) as e: raise type(e)(re.sub(r'^name must', 'data must', str(e))) from None
 
-# %% ../nbs/61_cli.ipynb #ecfc2c84
+# %% ../nbs/61_cli.ipynb #a7935cd4
 def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
                  device):   # 'cpu', 'cuda', ... or None for fastai's default
     "The `Learner` that a configuration describes. Seeds all random number generators."
     check_device(device)
     set_seed(cfg['seed'])
     dls, options = data_for(cfg, device), model_options(cfg)
+    check_choosing(cfg, dls.record)
     cbs = []
     if cfg['aliasing']: cbs.append(AliasingLoss(cfg['aliasing']))
     if cfg['kernel_norm']: cbs.append(KernelNorm(cfg['kernel_norm']))
@@ -292,6 +295,25 @@ def plain_log(learn):
     finally: learn.logger = logger
 
 # %% ../nbs/61_cli.ipynb #d0871924
+class StopEarly(Callback):
+    "Ends the training when accuracy has not become better for some epochs."
+    order = 57          # after the RunRecorder
+    def __init__(self,
+                 patience):    # epochs
+        self.patience = patience
+
+    def after_epoch(self):
+        rows = self.run_recorder.rows
+        if broadcast_from_rank0(lambda: is_late(rows, self.patience)): raise CancelFitException
+
+def check_choosing(cfg, record):
+    "A ValueError where something would be chosen on a test set."
+    asked = [f'--{name}' for name in ('keep_best', 'patience') if cfg[name]]
+    if asked and validates_on_test_set(record):
+        raise ValueError(f'{" and ".join(asked)} would choose on the test set of {cfg["data"]}; '
+                         'give --valid_pct to hold out a part of the training set, or a folder with valid/')
+
+# %% ../nbs/61_cli.ipynb #f1664f62
 def say(*args):
     "`print`, in the first of several processes."
     if not rank_distrib(): print(*args, flush=True)
@@ -322,10 +344,14 @@ def train(learn,              # of `make_learner`
     say(f'{cfg["model"]} ({facts["parameters"]:,} parameters) on {cfg["data"]} ({facts["train_items"]:,} + '
         f'{facts["valid_items"]:,} items, {", ".join(map(str, learn.dls.vocab))}) on {facts["device"]}, '
         f'{cfg["epochs"]} epochs -> {folder}')
-    if start < cfg['epochs']:
+    if cfg['patience'] and is_late(rows, cfg['patience']): say('stopped early before')
+    elif start < cfg['epochs']:
+        recorder = RunRecorder(folder, rows, cfg['keep_best'])
         with plain_log(learn), all_processes(learn, reseed=not start):
             learn.fit_cosine(cfg['epochs'], warmup_epochs=cfg['warmup_epochs'], start_epoch=start,
-                             cbs=[RunRecorder(folder, rows)])
+                             cbs=[recorder, *([StopEarly(cfg['patience'])] if cfg['patience'] else [])])
+        if len(recorder.rows) < cfg['epochs']:
+            say(f'Stopped early: accuracy has not become better for {cfg["patience"]} epochs')
     if not rank_distrib(): draw(learn, folder)
     if cfg['target'] or cfg['test_sizes']:
         say_table(resolution_table(learn, cfg['test_sizes'] or [image_size(learn.dls), cfg['target']]), folder)
@@ -355,7 +381,7 @@ def all_names():
                   Experiments=sorted(paper_experiments()))
     return '\n\n'.join(f'{title}\n  ' + '\n  '.join(names) for title, names in groups.items())
 
-# %% ../nbs/61_cli.ipynb #6e609145
+# %% ../nbs/61_cli.ipynb #cdb78b50
 @call_parse
 @user_errors
 def flexconv_train(
@@ -391,12 +417,16 @@ def flexconv_train(
     target_epochs:int=None,     # Epochs there (default: as many as before)
     progressive:str=None,       # Smaller images first, as SIZExEPOCHS, e.g. 16x14,24x6; the rest at full size
     kernel_norm:float=None,     # Factor of the kernel-norm penalty (default: 1e-4 for CKTCN, else 0)
+    augment:store_true=False,   # Random crops and flips of training images (CIFAR-10 has them anyway)
+    keep_best:store_true=False, # Also keep the weights of the best epoch, best.safetensors; not chosen on a test set
+    patience:int=None,          # Stop when accuracy has not become better for so many epochs; not on a test set
     list:store_true=False,      # Print the names of models, trained networks, data sets and experiments, and stop
 ):
     """Train a network with continuous kernels. Writes config, metrics, weights, pictures and a checkpoint to a run
     folder."""
     if list: return print(all_names())
     apart = 'out', 'device', 'resume', 'experiment', 'list'
+    augment, keep_best = augment or None, keep_best or None          # not given is not False
     options = {name: value for name, value in locals().items() if value is not None and name not in apart + ('apart',)}
     if data and data not in data_sets and Path(data).is_dir(): options['data'] = str(Path(data).resolve())
     if resume is None: cfg = resolve_config(experiment, options)
@@ -416,9 +446,12 @@ def flexconv_train(
     started = time.perf_counter()
     with resumable(folder): train(learn, cfg, folder, resume is not None)
     if rank_distrib(): return
-    last = read_csv(folder/'metrics.csv')[-1]
+    rows = read_csv(folder/'metrics.csv')
+    last, best = rows[-1], best_epoch(rows)
     print(f'Last epoch: accuracy {100*float(last["accuracy"]):.2f}%, loss {float(last["valid_loss"]):.4f}, '
           f'after {time.perf_counter() - started:.0f} s')
+    if cfg['keep_best']:
+        print(f'Best epoch: {best}, accuracy {100*float(rows[best]["accuracy"]):.2f}% -> {folder/"best.safetensors"}')
     sizes = kernel_sizes(learn.model)
     print('Kernel sizes:', ', '.join(f'{name} {size_text(size)}' for name, size in sizes.items()) or 'fixed')
 

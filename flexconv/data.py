@@ -7,7 +7,7 @@ __all__ = ['ImageTensors', 'TensorDL', 'RandomCropFlip', 'ToFloat', 'ToSequence'
            'register_data_set', 'digits', 'mnist', 'cifar10', 'sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10',
            'cifar100', 'stl10', 'imagenet32', 'speechcommands', 'speechcommands_mfcc', 'chartrajectories',
            'chartrajectories30', 'chartrajectories50', 'chartrajectories70', 'folder_record', 'check_record',
-           'record_dls', 'labelled_images', 'get_dls']
+           'record_dls', 'validates_on_test_set', 'labelled_images', 'get_dls']
 
 # %% ../nbs/40_data.ipynb #c623913f
 import copy, io, os, warnings
@@ -77,7 +77,7 @@ class TensorLabel(TensorCategory):
         if not others: return super().__torch_function__(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass(): return func(*args, **(kwargs or {}))
 
-# %% ../nbs/40_data.ipynb #eb2dfc7a
+# %% ../nbs/40_data.ipynb #c81d656c
 class ImageSet:
     "What every set of images has: class names, labels `(N,)` or None, and whether it is for training or validation."
     loss_func, n_inp, kind = CrossEntropyLossFlat(), 1, TensorImage
@@ -744,7 +744,8 @@ def make_record(name, classes, input_shape, stats, seed, valid_pct, train_items,
 def folder_record(path,              # a folder of images
                   size=None,         # height and width, in pixels; by default that of the images
                   valid_pct=None,    # validate on this part of the training images
-                  seed=0):           # of `valid_pct`
+                  seed=0,            # of `valid_pct`
+                  augment=False):    # random crops and flips of the training images?
     "The record of a folder of images. A ValueError says what is not understood or cannot be read."
     path = Path(path)
     train, valid = divide(path, valid_pct, seed)
@@ -755,7 +756,7 @@ def folder_record(path,              # a folder of images
     shape = tuple(shape) if size is None else (size, size)
     sizes = ({f: (path/f).stat().st_size for f in files} for files in (train, valid))
     return make_record(path, sorted(set(train.values())), (3, *shape), imagenet_stats, seed, valid_pct,
-                       len(train), len(valid), files=dict(zip(('train', 'valid'), sizes)))
+                       len(train), len(valid), augment=bool(augment), files=dict(zip(('train', 'valid'), sizes)))
 
 # %% ../nbs/40_data.ipynb #521c3412
 def check_record(record,    # of `dls.record`
@@ -790,6 +791,7 @@ def record_dls(record,         # of `dls.record`
         sequence = None if record['sequence'] is None else ToSequence(**record['sequence'])
         return _tensor_dls(record, _blank_set(record), _blank_set(record), sequence, bs, device, plain).new_empty()
     tfms = [IntToFloatTensor(), Normalize.from_stats(record['mean'], record['std'], cuda=False)]
+    if record.get('augment'): tfms.append(RandomCropFlip())
     def loader(split, files, labels):
         dataset = ImageFiles(files, label_numbers(labels, classes), classes, split, record['size'])
         dataset.record, dataset.name = record, record['name']
@@ -802,6 +804,13 @@ def record_dls(record,         # of `dls.record`
                          for i, files in enumerate(record['files'].values())), device=device)
 
 # %% ../nbs/40_data.ipynb #5eee5a4f
+def validates_on_test_set(record):    # of `dls.record`
+    "True if the validation set of a record is a test set, on which nothing should be chosen."
+    if 'files' not in record: return record['valid_pct'] is None
+    first = next(iter(record['files']['valid']), '')
+    return first.count('/') == 2 and first.split('/')[0].lower() in split_names['test']
+
+# %% ../nbs/40_data.ipynb #f9bae1a9
 def labelled_images(path,       # a folder with a folder for each class, or with valid or test that has
                     classes):   # names of the classes that a network knows
     "Pairs `(path, class)` of a folder for `dls.test_dl`. A ValueError names classes that are unknown."
@@ -881,9 +890,9 @@ def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (s
         raise ValueError(f'name must be the name of a data set or a folder; got {name!r}')
     device = torch.device(device or default_device())
     if name not in data_sets and Path(name).is_dir():
-        if augment or max_items or path is not None:
-            raise ValueError('augment, max_items and path are for the data sets in memory, not for a folder')
-        return record_dls(folder_record(name, size, valid_pct, seed), name, bs, device=device, plain=plain)
+        if max_items or path is not None:
+            raise ValueError('max_items and path are for the data sets in memory, not for a folder')
+        return record_dls(folder_record(name, size, valid_pct, seed, augment), name, bs, device=device, plain=plain)
     if name not in data_sets and ('/' in str(name) or isinstance(name, Path)):
         raise FileNotFoundError(f'name must be a data set or a folder of images; there is no folder {name}')
     data = data_sets[check_choice(name, data_sets, 'name')](path, seed)

@@ -11,13 +11,14 @@ import re
 from .core import check_choice, check_int, check_number
 from .registry import list_models, model_registry
 
-# %% ../nbs/60_experiments.ipynb #121dc83d
+# %% ../nbs/60_experiments.ipynb #990ee495
 base_config = dict(
     data='digits', path=None, size=None, valid_pct=None, max_items=None,                  # data
     model=None, width=None, dropout=None, kernel_size=None, sigma=None, kernel=None,      # network
     conv_method=None, input_scale=None, scale=1.,
     epochs=350, bs=64, lr=0.01, warmup_epochs=None, mask_lr=0.1, seed=0, init=None,       # training
     precision='fp32', weight_decay=0., label_smoothing=0., progressive=None, aliasing=0., kernel_norm=0.,
+    augment=None, keep_best=None, patience=None,
     target=None, target_epochs=None, test_sizes=None)                                     # other resolutions
 sequence_sets = ['sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10', 'speechcommands', 'speechcommands_mfcc',
                  'chartrajectories', 'chartrajectories30', 'chartrajectories50', 'chartrajectories70']
@@ -30,14 +31,17 @@ def parse_stages(text):
     if all(found): return [(int(size), int(epochs)) for size, epochs in (stage.groups() for stage in found)]
     raise ValueError(f'progressive must be stages SIZExEPOCHS with commas between them; got {text!r}')
 
-# %% ../nbs/60_experiments.ipynb #4e15476d
+# %% ../nbs/60_experiments.ipynb #b52ed77b
 def check_config(cfg):
     "A configuration whose values make sense; a ValueError where one does not."
     given = {name: value for name, value in cfg.items() if value is not None}
-    for name in ('epochs', 'bs', 'width', 'kernel_size', 'max_items', 'target_epochs'):
+    for name in ('epochs', 'bs', 'width', 'kernel_size', 'max_items', 'target_epochs', 'patience'):
         if name in given: check_int(given[name], name)
     for name in ('dropout', 'sigma', 'valid_pct', 'input_scale', 'scale'):
         if name in given: check_number(given[name], name)
+    for name in 'augment', 'keep_best':
+        if not isinstance(given.get(name, True), bool):
+            raise ValueError(f'{name} must be true or null; got {given[name]!r}')
     for name in ('data', 'model', 'path', 'kernel', 'conv_method', 'progressive', 'init'):
         if name in given and not isinstance(given[name], str):
             raise ValueError(f'{name} must be text; got {given[name]!r}')

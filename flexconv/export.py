@@ -28,6 +28,7 @@ def check_example(example):
     if not isinstance(example, torch.Tensor) or example.ndim < 3:
         found = tuple(example.shape) if isinstance(example, torch.Tensor) else repr(example)
         raise ValueError(f'example must be a batch, a tensor (B, C, *S); got {found}')
+    example = example.detach().as_subclass(torch.Tensor)      # a program with fastai's types in it would need fastai
     return torch.cat([example, example]) if len(example) == 1 else example
 
 # %% ../nbs/35_export.ipynb #cb4513cc

@@ -73,15 +73,25 @@ def about_run(folder):
                 options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,
                 versions=cfg.get('versions'))
 
+# %% ../nbs/45_runs.ipynb #022e90d3
+def best_epoch(rows):
+    "The number of the row with the highest accuracy, the first of several."
+    return max(range(len(rows)), key=lambda i: float(rows[i]['accuracy']))
+
+def is_late(rows, patience):
+    "True if none of the last epochs, `patience` in number, is the best."
+    return bool(rows) and len(rows) - 1 - best_epoch(rows) >= patience
+
 # %% ../nbs/45_runs.ipynb #af28a82b
 class RunRecorder(Callback):
     """Writes `metrics.csv`, `model.safetensors` and `checkpoint.pt` to a folder after every epoch; where several
     processes train together, the first does."""
     order = 56          # after the Recorder and KernelSizes
     def __init__(self,
-                 folder,        # an existing folder
-                 rows=None):    # rows of the epochs before, where a run goes on
-        self.folder, self.rows = Path(folder), list(rows or [])
+                 folder,              # an existing folder
+                 rows=None,           # rows of the epochs before, where a run goes on
+                 keep_best=False):    # True: `best.safetensors` has the weights of the epoch with the best accuracy
+        self.folder, self.rows, self.keep_best = Path(folder), list(rows or []), keep_best
 
     def before_epoch(self): self.start, self.losses = time.perf_counter(), []
 
@@ -102,6 +112,8 @@ class RunRecorder(Callback):
             try: about = about_run(self.folder)
             except (ValueError, FileNotFoundError): about = None        # not a folder of `flexconv_train`
             save_weights(self.model, self.folder/'model.safetensors', about)
+            if self.keep_best and best_epoch(self.rows) == len(self.rows) - 1:
+                save_weights(self.model, self.folder/'best.safetensors', about)
         save_checkpoint(self.learn, self.folder/'checkpoint.pt', self.epoch+1, self.rows)
 
 # %% ../nbs/45_runs.ipynb #8d872e6b

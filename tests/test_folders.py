@@ -502,3 +502,53 @@ def test_a_run_keeps_its_split(folder, tmp_path, capsys):
                     lambda: flexconv_train(resume=str(run), device='cpu')):
         with pytest.raises(SystemExit): command()
         assert 'came: cat/new.png' in capsys.readouterr().err
+
+
+def divided(path, splits):
+    random = np.random.RandomState(0)
+    for split, n in splits.items():
+        for c in range(2):
+            (path/split/f'c{c}').mkdir(parents=True)
+            for i in range(n):
+                image = random.randint(0, 255, (8, 8, 3)).astype(np.uint8)
+                Image.fromarray(image).save(path/split/f'c{c}'/f'{i}.png')
+    return path
+
+
+def test_best_epoch_early_stopping_and_augmentation(tmp_path, capsys, monkeypatch):
+    from flexconv.cli import flexconv_eval, flexconv_train
+    from flexconv.files import read_csv
+    monkeypatch.chdir(tmp_path)
+    data, run = divided(tmp_path/'p', dict(train=12, valid=8)), tmp_path/'run'
+    options = dict(data=str(data), width=4, bs=8, device='cpu')
+    flexconv_train(**options, epochs=9, patience=2, keep_best=True, augment=True, out=str(run))
+    rows = [float(row['accuracy']) for row in read_csv(run/'metrics.csv')]
+    best = rows.index(max(rows))
+    assert len(rows) == 9 or len(rows) - 1 - best == 2
+    assert f'Best epoch: {best}, accuracy {100*max(rows):.2f}%' in capsys.readouterr().out
+    assert json.loads((run/'data.json').read_text())['augment'] is True
+    flexconv_eval(str(run/'best.safetensors'), data=str(data), device='cpu')
+    assert f'accuracy {100*max(rows):.2f}%' in capsys.readouterr().out
+    flexconv_train(resume=str(run))                                   # what was stopped early stays stopped
+    assert len(read_csv(run/'metrics.csv')) == len(rows)
+
+
+@pytest.mark.parametrize('options', [dict(keep_best=True), dict(patience=3)])
+@pytest.mark.parametrize('data', ['digits', 'with a test set'])
+def test_nothing_is_chosen_on_a_test_set(data, options, tmp_path, capsys):
+    from flexconv.cli import flexconv_train
+    if data != 'digits': data = str(divided(tmp_path/'p', dict(train=6, test=3)))
+    with pytest.raises(SystemExit): flexconv_train(data=data, epochs=1, width=4, out=str(tmp_path/'run'), **options)
+    said = capsys.readouterr().err
+    assert f'--{next(iter(options))}' in said and 'test set' in said and '--valid_pct' in said
+    assert not (tmp_path/'run').exists()
+
+
+def test_augmented_folder(tmp_path):
+    data = divided(tmp_path/'p', dict(train=6, valid=3))
+    dls = get_dls(data, bs=4, augment=True)
+    torch.manual_seed(0)
+    first, second = (dls.train.new(shuffle=False).one_batch()[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(dls.valid.one_batch()[0], dls.valid.one_batch()[0])
+    assert dls.record['augment'] and not get_dls(data, bs=4).record['augment']

@@ -1,5 +1,6 @@
 "Training: the schedule, the optimiser, resuming, and the commands on real data."
-import json, re, shutil, subprocess
+import json, os, re, shutil, subprocess, sys
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
 from flexconv.optimizer import MaskAdam, split_masks
@@ -8,6 +9,7 @@ from flexconv.callbacks import kernel_norm
 from flexconv.files import read_csv, read_weights
 from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
+from PIL import Image
 from safetensors.torch import load_file
 from flexconv import cli, list_models
 from helpers import BIN, run
@@ -371,3 +373,61 @@ def test_weights_of_a_permuted_set_know_their_permutation(tmp_path):
         with pytest.raises(ValueError, match='pdigits, the data of training; sdigits has other sequence'):
             evaluation_data(trained.record, 'sdigits', None, 64, 'cpu')
     finally: del data_sets['pdigits']
+
+
+in_a_terminal = """
+import sys
+from flexconv.all import *
+net = create_model('flexnet3', 1, 10, width=4, kernel_size=9)
+tcn = create_model('flextcn2', 1, 10, width=4, kernel_size=64)
+for thing in (layer_table(net, (2, 1, 8, 8)), layer_table(tcn), net, tcn, MAGNet(2, 3), GaussianMask(2)): print(thing)
+learn = flex_learner(get_dls('digits', max_items=128), net)
+learn.fit_cosine(1)
+print(learn.opt, learn.summary())
+print(convert(nn.Sequential(nn.Conv2d(1, 2, 3)), 9, fit=True))
+"""
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+def test_terminals_that_are_not_utf8(encoding, tmp_path):
+    "What is printed has characters that any terminal knows, or escapes."
+    for name in 'grün', '花':
+        (tmp_path/'data'/name).mkdir(parents=True)
+        for i in range(5): Image.new('RGB', (8, 8), (40*i, 0, 0)).save(tmp_path/'data'/name/f'{i}.png')
+    env = os.environ | dict(PYTHONIOENCODING=encoding, PYTHONUTF8='0', LC_ALL='C')
+    def run(*args): return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, timeout=600)
+    done = run('-c', in_a_terminal)
+    assert done.returncode == 0, done.stderr.decode(encoding, 'replace')
+    assert b'1 -> 4' in done.stdout
+    if encoding == 'cp1252': return                           # what ascii can show, any terminal can
+    for command in ('train --data data --epochs 1 --width 4 --bs 2 --out run', 'eval run', 'predict run data --top 2',
+                    'train --list', 'train --help'):
+        done = run('-m', 'flexconv', *command.split())
+        assert done.returncode == 0, (command, done.stderr.decode(encoding, 'replace'))
+        if command == 'eval run': assert b'accuracy' in done.stdout
+        if command.startswith('predict run'): assert rb'\u82b1' in done.stdout
+
+
+def test_kernel_sizes_for_tensorboard():
+    "fastai's callback writes every setting of the optimiser, None for none of them, and ours writes sizes."
+    class Writer:
+        def __init__(self): self.scalars = {}
+        def add_scalar(self, name, value, step): self.scalars.setdefault(name, []).append(float(value))
+    learn = flex_learner(get_dls('digits', max_items=128), 'flexnet3')
+    learn.tensor_board = SimpleNamespace(writer=Writer())
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    written = learn.tensor_board.writer.scalars
+    assert written['kernel_size/stem'] == [5., 5.] and len(written) == 7
+    assert all(v is not None for group in learn.opt.hypers for v in group.values())
+    learn.opt.set_hyper('lr', 0.5)
+    assert [group['lr'] for group in learn.opt.hypers] == [0.05, 0.5]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_fastais_tensorboard_callback(tmp_path):
+    pytest.importorskip('tensorboard', reason='tensorboard is not installed')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = flex_learner(get_dls('digits', max_items=128), 'flexnet3')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=TensorBoardCallback(str(tmp_path)))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {'train_loss', 'lr_0', 'kernel_size/stem'} <= set(events.Tags()['scalars'])
