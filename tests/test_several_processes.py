@@ -1,5 +1,5 @@
-"""A plain PyTorch loop with DistributedDataParallel, two processes by torchrun and gloo: the training of one process, and
-all ranks agree on sizes, also where they read them seldom."""
+"""A plain PyTorch loop with DistributedDataParallel, two processes by torchrun and gloo: the training of one process,
+and all ranks agree on sizes, also where they read them seldom."""
 import json, os, subprocess, sys
 import pytest
 
@@ -45,8 +45,8 @@ distributed.destroy_process_group()
 
 
 def torchrun(script, processes, *options):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), script]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=500,
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    done = subprocess.run([*start, script, *options], capture_output=True, text=True, timeout=500,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
