@@ -146,7 +146,7 @@ def _float16_on_a_cpu(rate):
 
 rates['cpu']['float16'] = {mode: _float16_on_a_cpu(rate) for mode, rate in rates['cpu']['float32'].items()}
 
-# %% ../nbs/12_costs.ipynb #5645cb9a
+# %% ../nbs/12_costs.ipynb #5cc23755
 @dataclass(frozen=True)
 class DataSheet:
     "What a GPU can do at best."
@@ -156,12 +156,13 @@ class DataSheet:
 hopper = dict(float32=67e12, tfloat32=494e12, bfloat16=989e12)
 data_sheets = dict(h100=DataSheet(3.35e12, hopper), h200=DataSheet(4.8e12, hopper))     # the SXM versions
 
-# %% ../nbs/12_costs.ipynb #ecdb79a0
+# %% ../nbs/12_costs.ipynb #f23768d2
 share_of_operations = dict(float32=0.6, tfloat32=0.3, bfloat16=0.3)
 share_of_bandwidth, small_share, launch_seconds = 0.7, 0.5, 8e-6
-launches = dict(direct=(3, 8), fft=(12, 32), lowrank=(14, 45), matmul=(20, 46))     # of a call: forward, and with backward
+# operations of a call: forward, and with backward
+launches = dict(direct=(3, 8), fft=(12, 32), lowrank=(14, 45), matmul=(20, 46))
 
-# %% ../nbs/12_costs.ipynb #e0d15dc2
+# %% ../nbs/12_costs.ipynb #997fd291
 def unit_costs(item):      # bytes of a number
     "`{unit: (operations, bytes, how often in a training step)}` of one unit in a forward pass on a GPU."
     speeds = 'direct', 'direct_last', 'direct_wide', 'direct_strided'
@@ -194,7 +195,7 @@ for device, name in ('cuda', 'h100'), ('h200', 'h200'):
     rates[device] = {p: both_modes(data_sheets[name], p) for p in hopper}
     rates[device]['float16'] = rates[device]['bfloat16']
 
-# %% ../nbs/12_costs.ipynb #ae815dcd
+# %% ../nbs/12_costs.ipynb #88b603df
 def in_tf32():
     "True for convolutions, and True for matrix products, if torch's settings let a GPU round their inputs to TF32."
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul

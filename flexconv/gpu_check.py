@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_checks', 'main']
 
-# %% ../nbs/66_gpu_check.ipynb #cc9b1d5b
+# %% ../nbs/66_gpu_check.ipynb #d030f99a
 import argparse
 import copy
 import hashlib
@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/66_gpu_check.ipynb #29a617ec
+# %% ../nbs/66_gpu_check.ipynb #d354371c
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/66_gpu_check.ipynb #2e9d7090
+# %% ../nbs/66_gpu_check.ipynb #91519ade
 import flexconv
 from .conv import conv_nd
 from .correlate import LowRankKernel
@@ -35,7 +35,7 @@ from .official import from_official
 from .registry import create_model
 from .testing import test_conv_layer
 
-# %% ../nbs/66_gpu_check.ipynb #1b0e66f1
+# %% ../nbs/66_gpu_check.ipynb #08c6444f
 @dataclass(frozen=True)
 class Place:
     "Where checks run, and how large they are."
@@ -59,7 +59,7 @@ def check(f):
     checks[f.__name__] = f
     return f
 
-# %% ../nbs/66_gpu_check.ipynb #ff5928b2
+# %% ../nbs/66_gpu_check.ipynb #988fd33d
 def gap(ours, theirs):
     "Largest difference, relative to the largest value of `theirs`."
     ours, theirs = (t.detach().double().cpu() for t in (ours, theirs))
@@ -90,7 +90,7 @@ def golden_arrays(name):
 
 methods = 'direct', 'fft', 'lowrank', 'matmul'
 
-# %% ../nbs/66_gpu_check.ipynb #f1bf29fb
+# %% ../nbs/66_gpu_check.ipynb #e1d33503
 @check
 def golden(place):
     "Outputs and kernels of the authors' layers."
@@ -111,7 +111,7 @@ def golden(place):
                 worst = max(worst, at_most(gap(layer.kernel(), g[f'{name}/kernel']), 2e-5, f'{file} {name} kernel'))
     return dict(largest_gap=worst)
 
-# %% ../nbs/66_gpu_check.ipynb #b60788e9
+# %% ../nbs/66_gpu_check.ipynb #8107b92f
 def outputs_and_gradients(layer, x):
     "The output of a layer, and the gradients of its parameters."
     y = layer(x)
@@ -138,7 +138,7 @@ def gradients(place):
                     for m in (exact, layer): m.mask.sigma += 0.002; m.mask.mean -= 0.001
     return {f'largest_gap_{method}': value for method, value in worst.items()}
 
-# %% ../nbs/66_gpu_check.ipynb #cba2e174
+# %% ../nbs/66_gpu_check.ipynb #4ba25d8e
 @check
 def contract(place):
     "`test_conv_layer`, made on the CPU and made on the device."
@@ -149,7 +149,7 @@ def contract(place):
                             torch.randn(2, 2, 30, device=device))
     return {}
 
-# %% ../nbs/66_gpu_check.ipynb #eca1c66d
+# %% ../nbs/66_gpu_check.ipynb #47f04fd5
 def batch_for(place, size, name='flexnet7'):
     "Random images or sequences and their classes."
     shape = (size, 1, 784) if name.startswith('flextcn') else (size, 3, 32, 32)
@@ -178,7 +178,7 @@ def first_and_last(step, steps):
     assert all(np.isfinite(losses)), f'losses {losses}'
     return losses[0], losses[-1]
 
-# %% ../nbs/66_gpu_check.ipynb #3a9f9d15
+# %% ../nbs/66_gpu_check.ipynb #6ab58b8b
 @check
 def no_waiting(place):
     "Steps of FlexNet and FlexTCN between two calls of `refresh_sizes`, with every synchronisation an error."
@@ -196,7 +196,7 @@ def no_waiting(place):
         finally: torch.cuda.set_sync_debug_mode('default')
     return {}
 
-# %% ../nbs/66_gpu_check.ipynb #f5dfec66
+# %% ../nbs/66_gpu_check.ipynb #73ad40a2
 @check
 def precisions(place):
     "Thirty steps on one batch in each precision, from the same weights."
@@ -210,13 +210,13 @@ def precisions(place):
         assert found[f'{name}_last'] < found[f'{name}_first'], f'the loss does not fall in {name}: {found}'
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #73a1dd92
+# %% ../nbs/66_gpu_check.ipynb #f91621ce
 @check
 def compiled(place):
     "A compiled network gives the losses of the eager one, and how fast it is."
     found, size = {}, 2 if place.small else 64
-    backend = dict(backend='aot_eager') if place.small else {}
-    for method in ('direct', 'matmul'):
+    backend = dict(backend='eager') if place.small else {}
+    for method in ('matmul',) if place.small else ('direct', 'matmul'):
         torch._dynamo.reset()
         model = create_model('flexnet3', dropout=0., conv_method=method, **place.width).to(place.device)
         twin = copy.deepcopy(model)
@@ -231,7 +231,7 @@ def compiled(place):
         found |= {f'{method}_eager_ms': 1e3*run_seconds(eager, 2.), f'{method}_compiled_ms': 1e3*run_seconds(fast, 2.)}
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #62ff2387
+# %% ../nbs/66_gpu_check.ipynb #db021c27
 def captured_step(place, method):
     "Milliseconds of an eager step and of a replayed one, with equal losses."
     x, target = batch_for(place, 64)
@@ -284,7 +284,7 @@ def reduce_overhead(place):
         step()
     return dict(ms=1e3*run_seconds(step, 2.))
 
-# %% ../nbs/66_gpu_check.ipynb #8bde39c3
+# %% ../nbs/66_gpu_check.ipynb #af71c138
 @check
 def one_process_ddp(place):
     "A step of DistributedDataParallel in a group of one gives the step without."
@@ -303,7 +303,7 @@ def one_process_ddp(place):
     worst = max(gap(a, b) for a, b in zip(twin.parameters(), model.parameters()))
     return dict(gap_after_a_step=at_most(worst, 1e-2, 'parameters'))
 
-# %% ../nbs/66_gpu_check.ipynb #08416054
+# %% ../nbs/66_gpu_check.ipynb #88f85b7d
 @check
 def memory(place):
     "Peak memory of a forward and backward pass of a layer of 48 channels, batch 64, in MB."
@@ -318,7 +318,7 @@ def memory(place):
             found[f'{method}_{layer.size[0]}_MB'] = peak_memory(run)/2**20
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #e9b18f27
+# %% ../nbs/66_gpu_check.ipynb #174d471e
 def method_milliseconds(place, n, precision):
     "Milliseconds of a training step of one convolution with a low-rank kernel of n x n, for each method."
     (batch, channels), found = (2, 8) if place.small else (64, 48), {}
@@ -347,7 +347,7 @@ def layer_times(place):
             losses.append(times[min(guess, key=guess.get)]/min(times.values()) - 1)
     return found | dict(choice_loss_percent=100*sum(losses)/len(losses))
 
-# %% ../nbs/66_gpu_check.ipynb #133c9fd6
+# %% ../nbs/66_gpu_check.ipynb #31fb0a82
 @check
 def network_times(place):
     "Milliseconds of training steps of FlexNet-7 and FlexTCN-2, eager, by batch and precision."
@@ -365,7 +365,7 @@ def network_times(place):
                 found[f'{name}_{size}_sigma{sigma}_{precision}_ms'] = 1e3*seconds
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #1ff49163
+# %% ../nbs/66_gpu_check.ipynb #8a8a5f87
 @check
 def calibration(place):
     "Rates fitted to this device, and the loss of time by choices with them and with the built-in ones."
@@ -382,7 +382,7 @@ def calibration(place):
                   f'{precision}_rates': fit}
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #54b16819
+# %% ../nbs/66_gpu_check.ipynb #3c3867e7
 def random_epochs(place, size, epochs):
     "Seconds of training on random images; as many steps as CIFAR-10 has."
     x, target = batch_for(place, size)
@@ -418,7 +418,7 @@ def cifar10(place):
         found |= {f'batch{size}_{key}': value for key, value in result.items()}
     return found
 
-# %% ../nbs/66_gpu_check.ipynb #4ea5e353
+# %% ../nbs/66_gpu_check.ipynb #90fdc3fd
 def subject(place):
     "What a report is about."
     sources = b''.join(p.read_bytes() for p in sorted(Path(flexconv.__file__).parent.glob('*.py')))
@@ -434,7 +434,7 @@ def load_report(file, place):
     except (OSError, ValueError): return new_report(place)
     return report if report.get('subject') == subject(place) else new_report(place)
 
-# %% ../nbs/66_gpu_check.ipynb #28552515
+# %% ../nbs/66_gpu_check.ipynb #16155171
 def still_to_do(report):
     "Names of the checks that have not ended: those never begun, then those that failed, then those that were killed."
     state = {name: report['checks'].get(name, {}).get('state', 'new') for name in checks}
@@ -462,7 +462,7 @@ def outcome(name, place, seconds):
         result = dict(state='failed', error=error[:2000])
     return result | dict(seconds=round(time.perf_counter() - start, 1))
 
-# %% ../nbs/66_gpu_check.ipynb #04e4d366
+# %% ../nbs/66_gpu_check.ipynb #9905b74b
 def cell(value):
     "A figure as text."
     if isinstance(value, dict): return ', '.join(f'{k} {v:.2g}' for k, v in value.items())
@@ -487,7 +487,7 @@ def save_report(report, file):
     write_atomically(file, json.dumps(report, indent=1))
     write_atomically(file.with_suffix('.md'), markdown(report))
 
-# %% ../nbs/66_gpu_check.ipynb #1f4ec643
+# %% ../nbs/66_gpu_check.ipynb #4321c029
 def run_checks(place,            # a `Place`
                file,             # of the report, JSON; a Markdown file is written beside it
                minutes=10.,      # begin no check after so many
@@ -509,7 +509,7 @@ def run_checks(place,            # a `Place`
         if place.on_gpu: torch.cuda.empty_cache()
     return report
 
-# %% ../nbs/66_gpu_check.ipynb #fee197d4
+# %% ../nbs/66_gpu_check.ipynb #b155b776
 def main(argv=None):    # arguments, by default those of the process
     "What `tools/gpu_check.sh` runs: 0 if all checks passed or were skipped, 1 if some failed, 2 if some are left."
     parser = argparse.ArgumentParser(prog='gpu_check', description='Check and measure flexconv on a GPU.')
