@@ -500,7 +500,8 @@ class FlexConv(CKConv):
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."
         grid, device = self.grid_size, self.mask.sigma.device
-        if tracing() or is_batched(self.mask.sigma): return self.window.bounds if self.window.fits(grid) else tuple((0, n) for n in grid), False
+        if tracing() or is_batched(self.mask.sigma):
+            return self.window.bounds if self.window.fits(grid) else tuple((0, n) for n in grid), False
         if not (self.training and read_blocks(device)): return self.bounds(), True
         if self.window.due(grid): refresh_sizes(self)
         return self.window.bounds, False

@@ -128,7 +128,7 @@ def unit_rows(module, shape, same, seen):
 _layer_info = fastai.callback.hook.layer_info
 
 def layer_info(learn, *xb):
-    "What `learn.summary()` shows: fastai's own, or for a model with continuous layers a row for each, and all parameters."
+    "The table of `learn.summary()`: fastai's own, or a row for each continuous layer, and all parameters."
     if not conv_layers(learn.model): return _layer_info(learn, *xb)
     units = summary_units(learn.model)
     def track(module, inputs, output):

@@ -475,7 +475,8 @@ def test_fastai_batches_in_a_plain_loop(loss_func):
     x, y = get_dls('digits', max_items=64).one_batch()
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     loss = loss_func(net(x), y)
-    assert torch.equal(loss.as_subclass(torch.Tensor), loss_func(net(x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor)))
+    plain_x, plain_y = x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)
+    assert torch.equal(loss.as_subclass(torch.Tensor), loss_func(net(plain_x), plain_y))
     loss.backward()
     hits = net(x).topk(5)[1].eq(y[:, None]).any(1).sum() + (net(x).argmax(1) == y).sum()
     assert net[1].weight.grad.abs().max() > 0 and 0 <= hits <= 128

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
                    if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
-MODULES = '''core kernels magnet mask crop smp transforms correlate costs conv irregular cache layers aliasing resolution
-             testing official at_times files registry flexnet baselines convert export stream successors hub readers
-             data optimizer callbacks learner checkpoints runs distributed at_resolution plot summary jupyter experiments
-             cli predict bench results site timm'''.split()
+MODULES = '''core kernels magnet mask crop smp transforms correlate costs conv irregular cache layers aliasing
+             resolution testing official at_times files registry flexnet baselines convert export stream successors
+             hub readers data optimizer callbacks learner checkpoints runs distributed at_resolution plot summary
+             jupyter experiments cli predict bench results site timm'''.split()
 
 
 def python(code):

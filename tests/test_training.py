@@ -394,7 +394,8 @@ def test_terminals_that_are_not_utf8(encoding, tmp_path):
         (tmp_path/'data'/name).mkdir(parents=True)
         for i in range(5): Image.new('RGB', (8, 8), (40*i, 0, 0)).save(tmp_path/'data'/name/f'{i}.png')
     env = os.environ | dict(PYTHONIOENCODING=encoding, PYTHONUTF8='0', LC_ALL='C')
-    def run(*args): return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, timeout=600)
+    def run(*args):
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, timeout=600)
     done = run('-c', in_a_terminal)
     assert done.returncode == 0, done.stderr.decode(encoding, 'replace')
     assert b'1 -> 4' in done.stdout
