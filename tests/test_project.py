@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
 MODULES = '''core kernels magnet mask crop smp transforms correlate costs conv irregular cache layers aliasing
              resolution testing official at_times files registry flexnet baselines convert export stream successors
              hub readers data optimizer callbacks learner checkpoints runs distributed at_resolution plot summary
-             jupyter experiments cli predict bench results site timm'''.split()
+             jupyter experiments cli predict bench results gpu_check site timm'''.split()
 
 
 def python(code):
@@ -29,7 +29,7 @@ def test_import_is_light():
 
 def test_all_gives_everything():
     names = set(python('from flexconv.all import *; print(*globals())').split())
-    for module in MODULES[:-5]:          # predict, bench, results and site come after all; timm needs a package
+    for module in MODULES[:-6]:          # predict, bench, results, gpu_check and site come after all; timm needs a package
         public = set(import_module(f'flexconv.{module}').__all__)
         if module == 'cli': public = {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
