@@ -6,7 +6,7 @@
 __all__ = ['flexconv_train', 'flexconv_eval', 'flexconv_export']
 
 # %% ../nbs/61_cli.ipynb #36b45fac
-import functools
+import functools, os
 import io
 import json
 import platform
@@ -214,6 +214,25 @@ def data_for(cfg, device):
                         max_items=cfg['max_items'], seed=cfg['seed'], device=device, augment=cfg['augment'])
     except (ValueError, FileNotFoundError) as e: raise type(e)(re.sub(r'^name must', 'data must', str(e))) from None
 
+# %% ../nbs/61_cli.ipynb #d0871924
+class StopEarly(Callback):
+    "Ends the training when accuracy has not become better for some epochs."
+    order = 57          # after the RunRecorder
+    def __init__(self,
+                 patience):    # epochs
+        self.patience = patience
+
+    def after_epoch(self):
+        rows = self.run_recorder.rows
+        if broadcast_from_rank0(lambda: is_late(rows, self.patience)): raise CancelFitException
+
+def check_choosing(cfg, record):
+    "A ValueError where something would be chosen on a test set."
+    asked = [f'--{name}' for name in ('keep_best', 'patience') if cfg[name]]
+    if asked and validates_on_test_set(record):
+        raise ValueError(f'{" and ".join(asked)} would choose on the test set of {cfg["data"]}; '
+                         'give --valid_pct to hold out a part of the training set, or a folder with valid/')
+
 # %% ../nbs/61_cli.ipynb #a7935cd4
 def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
                  device):   # 'cpu', 'cuda', ... or None for fastai's default
@@ -293,25 +312,6 @@ def plain_log(learn):
     try:
         with learn.no_bar(): yield
     finally: learn.logger = logger
-
-# %% ../nbs/61_cli.ipynb #d0871924
-class StopEarly(Callback):
-    "Ends the training when accuracy has not become better for some epochs."
-    order = 57          # after the RunRecorder
-    def __init__(self,
-                 patience):    # epochs
-        self.patience = patience
-
-    def after_epoch(self):
-        rows = self.run_recorder.rows
-        if broadcast_from_rank0(lambda: is_late(rows, self.patience)): raise CancelFitException
-
-def check_choosing(cfg, record):
-    "A ValueError where something would be chosen on a test set."
-    asked = [f'--{name}' for name in ('keep_best', 'patience') if cfg[name]]
-    if asked and validates_on_test_set(record):
-        raise ValueError(f'{" and ".join(asked)} would choose on the test set of {cfg["data"]}; '
-                         'give --valid_pct to hold out a part of the training set, or a folder with valid/')
 
 # %% ../nbs/61_cli.ipynb #f1664f62
 def say(*args):
@@ -518,6 +518,8 @@ def evaluation_data(record,    # of the network that is evaluated
 def save_confusion(learn, path):
     "The confusion matrix of the validation set as a picture; a message where the folder cannot be written."
     interp, n = ClassificationInterpretation.from_learner(learn), len(learn.dls.vocab)
+    # names of folders, as a terminal that is not UTF-8 has them, may hold what no font can draw
+    interp.vocab = [os.fsencode(str(name)).decode('utf-8', 'replace') for name in interp.vocab]
     with matplotlib.rc_context({'backend': 'agg'}):
         interp.plot_confusion_matrix(figsize=(min(12, 2 + 0.4*n),)*2)
         try:

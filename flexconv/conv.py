@@ -88,7 +88,9 @@ def dense_fft_correlate(x, kernel, *args):
 
 @torch.compiler.allow_in_graph
 def matmul_in_graph(x, weight, mix, basis, *args):
-    "`matmul_correlate` as one call in the program of torch.compile, which looks into it when it differentiates."
+    """`matmul_correlate` as one call in the program of torch.compile, which looks into it when it differentiates. A
+    program is for one size of image, whose matrices it holds, and for any batch."""
+    x = x.reshape(*x.shape[:2], *map(int, x.shape[2:]))
     return matmul_correlate(x, LowRankKernel(mix, basis) if weight is None else weight, *args)
 
 def compiled_matmul(x, kernel, *args):

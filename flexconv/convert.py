@@ -173,7 +173,7 @@ def looks_trained(model):
 def convert(model,             # a network, or an `nn.Conv2d`
             kernel_size=33,    # the largest size that kernels can grow to, an odd int
             select=None,       # function `(name, conv) -> bool`: which `nn.Conv2d` to replace; by default spatial ones
-            fit=False,         # fit kernels to those they replace: True for at most 300 steps each, or a number of steps
+            fit=False,         # fit kernels to those they replace: True (at most 300 steps each) or a number of steps
             verbose=True,      # True: print how many layers were converted, and what that does to the parameters
             **options):        # further arguments of every `FlexConv2d`
     """A copy of `model` with `FlexConv2d` layers of the same shape in the place of its spatial `nn.Conv2d` layers.

@@ -241,7 +241,9 @@ def rates_of(device, dtype, training):
     found = calibrated_rates(device).get(precision, {}).get(mode)
     return found or builtin_rates(device, precision, mode)
 
-def builtin_rates(device, precision, mode):
+def builtin_rates(device,       # type of device: 'cpu', 'cuda', or the name of a data sheet
+                  precision,    # 'float32', 'bfloat16', ...
+                  mode):        # 'training' or 'inference'
     "The rates of this library for a type of device; of others than CPUs, those of an H100."
     by_precision = rates.get(device, rates['cuda'])
     gpu_float32 = precision == 'float32' and 'tfloat32' in by_precision

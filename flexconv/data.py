@@ -425,7 +425,8 @@ def register_data_set(fn):    # function `(path, seed)` that returns a `DataSet`
 
 # %% ../nbs/40_data.ipynb #eae426ff
 @register_data_set
-def digits(path=None, seed=0):
+def digits(path=None,    # folder of the unpacked data set; by default below fastai's
+           seed=0):      # of what is drawn at random
     "scikit-learn's 1,797 handwritten digits, 8x8 pixels; a fifth, fixed and stratified, is the test set."
     if path is not None: raise ValueError(f'digits come with scikit-learn, they take no path; got {path!r}')
     d = load_digits()
@@ -437,7 +438,8 @@ def digits(path=None, seed=0):
 
 # %% ../nbs/40_data.ipynb #fd074c7c
 @register_data_set
-def mnist(path=None, seed=0):
+def mnist(path=None,    # folder of the unpacked data set; by default below fastai's
+          seed=0):      # of what is drawn at random
     "MNIST (LeCun et al., 1998): 60,000 and 10,000 handwritten digits, 28x28 pixels."
     vocab = [str(i) for i in range(10)]
     data = read_cached(fetch(URLs.MNIST, 'MNIST', path), dict(training=60_000, testing=10_000), vocab, 'L')
@@ -445,7 +447,8 @@ def mnist(path=None, seed=0):
 
 # %% ../nbs/40_data.ipynb #f6dd5c8e
 @register_data_set
-def cifar10(path=None, seed=0):
+def cifar10(path=None,    # folder of the unpacked data set; by default below fastai's
+            seed=0):      # of what is drawn at random
     "CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 photographs, 32x32 pixels; ImageNet's statistics, as in the paper."
     vocab = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
     data = read_cached(fetch(URLs.CIFAR, 'CIFAR-10', path), dict(train=50_000, test=10_000), vocab, 'RGB')
@@ -460,27 +463,32 @@ def as_sequences(data,        # a `DataSet` of images
 
 # %% ../nbs/40_data.ipynb #48edbab1
 @register_data_set
-def sdigits(path=None, seed=0):
+def sdigits(path=None,    # folder of the unpacked data set; by default below fastai's
+            seed=0):      # of what is drawn at random
     "The digits pixel by pixel: 64 steps."
     return as_sequences(digits(path), ToSequence())
 
 @register_data_set
-def smnist(path=None, seed=0):
+def smnist(path=None,    # folder of the unpacked data set; by default below fastai's
+           seed=0):      # of what is drawn at random
     "Sequential MNIST: 784 steps, pixel by pixel."
     return as_sequences(mnist(path), ToSequence())
 
 @register_data_set
-def pmnist(path=None, seed=0):
+def pmnist(path=None,    # folder of the unpacked data set; by default below fastai's
+           seed=0):      # of what is drawn at random
     "Permuted MNIST: the pixels in a random order, the same for all images."
     return as_sequences(mnist(path), ToSequence(pixels=784, seed=seed))
 
 @register_data_set
-def scifar10(path=None, seed=0):
+def scifar10(path=None,    # folder of the unpacked data set; by default below fastai's
+             seed=0):      # of what is drawn at random
     "Sequential CIFAR-10: 1024 steps of 3 values, pixel by pixel."
     return as_sequences(cifar10(path), ToSequence())
 
 @register_data_set
-def npcifar10(path=None, seed=0):
+def npcifar10(path=None,    # folder of the unpacked data set; by default below fastai's
+              seed=0):      # of what is drawn at random
     "Noise-padded CIFAR-10: 32 rows of 96 values, then 968 steps of noise, the same for all images."
     return as_sequences(cifar10(path), ToSequence(noise=(96, 968), seed=seed))
 
@@ -491,19 +499,22 @@ def published(path):
 
 # %% ../nbs/40_data.ipynb #308fe97b
 @register_data_set
-def cifar100(path=None, seed=0):
+def cifar100(path=None,    # folder of the unpacked data set; by default below fastai's
+             seed=0):      # of what is drawn at random
     "CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 photographs of 100 classes, in `path`/cifar-100-python."
     data, vocab = read_cifar100(published(path))
     return DataSet(*data, vocab, imagenet_stats, augment=True)
 
 @register_data_set
-def stl10(path=None, seed=0):
+def stl10(path=None,    # folder of the unpacked data set; by default below fastai's
+          seed=0):      # of what is drawn at random
     "STL-10 (Coates et al., 2011): 5,000 and 8,000 photographs of 10 classes, 96x96 pixels, in `path`/stl10_binary."
     data, vocab = read_stl10(published(path))
     return DataSet(*data, vocab, ([0.4467, 0.4398, 0.4066], [0.2603, 0.2566, 0.2713]))
 
 @register_data_set
-def imagenet32(path=None, seed=0):
+def imagenet32(path=None,    # folder of the unpacked data set; by default below fastai's
+               seed=0):      # of what is drawn at random
     "ImageNet at 32x32 pixels (Chrabaszcz et al., 2017), 1,000 classes: npz files in `path` or fastai's imagenet32."
     data, vocab = read_imagenet32(published(path) if path is not None else published(path)/'imagenet32')
     return DataSet(*data, vocab, imagenet_stats, augment=True)
@@ -516,12 +527,14 @@ def sequence_set(x, y, vocab):
 
 # %% ../nbs/40_data.ipynb #61ec700d
 @register_data_set
-def speechcommands(path=None, seed=0):
+def speechcommands(path=None,    # folder of the unpacked data set; by default below fastai's
+                   seed=0):      # of what is drawn at random
     "Ten words of Speech Commands 0.02, raw: 16,000 steps of 1 channel, in `path`/SpeechCommands. Needs torchaudio."
     return sequence_set(*read_speechcommands(published(path)))
 
 @register_data_set
-def speechcommands_mfcc(path=None, seed=0):
+def speechcommands_mfcc(path=None,    # folder of the unpacked data set; by default below fastai's
+                        seed=0):      # of what is drawn at random
     "Ten words of Speech Commands 0.02 as 161 steps of 20 cepstral coefficients. Needs torchaudio."
     return sequence_set(*read_speechcommands(published(path), mfcc=True))
 
@@ -538,22 +551,26 @@ def trajectories(path, share=0., seed=0):
 
 # %% ../nbs/40_data.ipynb #1cc37bab
 @register_data_set
-def chartrajectories(path=None, seed=0):
+def chartrajectories(path=None,    # folder of the unpacked data set; by default below fastai's
+                     seed=0):      # of what is drawn at random
     "Character trajectories (UCI or UEA): 2,858 letters of 20 classes, velocity and force of a pen."
     return trajectories(path)
 
 @register_data_set
-def chartrajectories30(path=None, seed=0):
+def chartrajectories30(path=None,    # folder of the unpacked data set; by default below fastai's
+                       seed=0):      # of what is drawn at random
     "Character trajectories without 30% of their samples; a fourth channel says which are there."
     return trajectories(path, 0.3, seed)
 
 @register_data_set
-def chartrajectories50(path=None, seed=0):
+def chartrajectories50(path=None,    # folder of the unpacked data set; by default below fastai's
+                       seed=0):      # of what is drawn at random
     "Character trajectories without 50% of their samples; a fourth channel says which are there."
     return trajectories(path, 0.5, seed)
 
 @register_data_set
-def chartrajectories70(path=None, seed=0):
+def chartrajectories70(path=None,    # folder of the unpacked data set; by default below fastai's
+                       seed=0):      # of what is drawn at random
     "Character trajectories without 70% of their samples; a fourth channel says which are there."
     return trajectories(path, 0.7, seed)
 

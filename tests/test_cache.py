@@ -3,7 +3,7 @@
 None of it may be seen in a value."""
 import copy, math, pickle
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from flexconv import layers
 from flexconv.crop import crop_bounds, crop_starts, crop_mask, spacing
@@ -27,6 +27,9 @@ def test_cropping_on_the_device_is_cropping(ndim, data):
     with torch.no_grad():
         mask.sigma.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
         mask.mean.copy_(torch.tensor([data.draw(value) for _ in range(ndim)]))
+    # the edge of such a mask, outside by its own reach, is a difference of numbers without a fraction
+    huge = (mask.sigma.abs() > 1e6) & ~(mask.mean.abs() <= 1)
+    assume(not huge.any())
     want = torch.zeros(size, dtype=torch.bool)
     want[tuple(slice(*b) for b in crop_bounds(mask, size, causal))] = True
     starts, _ = crop_starts(*mask.effective(spacing(size)), size, cutoff_in_sigmas(0.1), causal)

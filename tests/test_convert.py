@@ -79,7 +79,9 @@ def test_fitted_network_starts_where_the_trained_one_was(options, capsys):
     fitted = convert(net, 9, fit=True, **options)
     assert '3 of 3 convolutions converted; parameters: ' in capsys.readouterr().out
     assert accuracy(lost) < 0.5 and abs(accuracy(fitted) - before) <= 0.02
-    assert [errors for errors in conversion_errors(net, fitted).values() if errors > 0.05] == []
+    # 8 functions for 49 positions are too few to be exact
+    most = 0.5 if 'kernel_options' in options else 0.05
+    assert [error for error in conversion_errors(net, fitted).values() if error > most] == []
     assert accuracy(bake(fitted)) == accuracy(fitted)
     assert all(torch.equal(p, weights[n]) for n, p in net.state_dict().items())
     if not options:                                                  # 3x3 and 5x5: exact

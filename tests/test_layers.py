@@ -88,7 +88,9 @@ def test_contract_causal(taps, options):
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_contract_for_every_kernel_network(kernel, ndim):
     torch.manual_seed(1)
-    check_layer(make(LAYERS[ndim][1], 4, 6, 5, kernel=kernel), torch.randn(INPUTS[ndim]))
+    # points wide enough for a frame of 5 positions
+    options = dict(smp=dict(radius=0.8, spread=0.3), smp_separate=dict(sets=6, radius=0.8, spread=0.3)).get(kernel)
+    check_layer(make(LAYERS[ndim][1], 4, 6, 5, kernel=kernel, kernel_options=options), torch.randn(INPUTS[ndim]))
 
 
 @pytest.mark.parametrize('size', [(3, 9), (9, 3), (1, 5)])

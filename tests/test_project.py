@@ -29,7 +29,7 @@ def test_import_is_light():
 
 def test_all_gives_everything():
     names = set(python('from flexconv.all import *; print(*globals())').split())
-    for module in MODULES[:-6]:          # predict, bench, results, gpu_check and site come after all; timm needs a package
+    for module in MODULES[:-6]:          # predict, bench, results, gpu_check, site come after all; timm needs a package
         public = set(import_module(f'flexconv.{module}').__all__)
         if module == 'cli': public = {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
