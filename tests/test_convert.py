@@ -78,7 +78,7 @@ def test_fitted_network_starts_where_the_trained_one_was(options, capsys):
     with pytest.warns(UserWarning, match='kernels that it learned are lost'): lost = convert(net, 9, **options)
     fitted = convert(net, 9, fit=True, **options)
     assert '3 of 3 convolutions converted; parameters: ' in capsys.readouterr().out
-    assert accuracy(lost) < 0.5 and abs(accuracy(fitted) - before) <= 0.02
+    assert accuracy(lost) < 0.5 and abs(accuracy(fitted) - before) <= 0.03
     # 8 functions for 49 positions are too few to be exact
     most = 0.5 if 'kernel_options' in options else 0.05
     assert [error for error in conversion_errors(net, fitted).values() if error > most] == []
