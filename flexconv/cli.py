@@ -216,7 +216,8 @@ def data_for(cfg, device):
 
 # %% ../nbs/61_cli.ipynb #d0871924
 class StopEarly(Callback):
-    "Ends the training when accuracy has not become better for some epochs."
+    """Ends the training when accuracy has not become better for some epochs. (fastai's EarlyStoppingCallback forgets
+    at `--resume` what was best, and stops each of several processes on its own.)"""
     order = 57          # after the RunRecorder
     def __init__(self,
                  patience):    # epochs

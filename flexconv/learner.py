@@ -144,4 +144,5 @@ def layer_info(learn, *xb):
         rows += unit_rows(unit, shape, same, seen)
     return rows
 
+# fastai has no other way to change what `Learner.summary` shows; models without our layers get what they had
 fastai.callback.hook.layer_info = layer_info

@@ -16,11 +16,6 @@ from .smp import SMPKernel     # registers 'smp' and 'smp_separate'
 from .registry import Classifier, register_model
 from .flexnet import FlexTCN, flexnet7
 
-# %% ../nbs/37_successors.ipynb #94c24071
-def count(model):
-    "Number of parameters of a model."
-    return sum(p.numel() for p in model.parameters())
-
 # %% ../nbs/37_successors.ipynb #9b70def9
 class SMPConv(CKConv):
     """Convolution whose kernels are sums of moving points (Kim & Park, 2023), cropped to where they reach,
