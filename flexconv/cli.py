@@ -50,7 +50,7 @@ from .optimizer import MaskAdam
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
-from .distributed import all_processes, broadcast_from_rank0, use_this_device
+from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table
 from .resolution import set_resolution
 from .export import export_onnx, export_program
@@ -446,6 +446,7 @@ def flexconv_train(
     folder = broadcast_from_rank0(lambda: new_folder(out, name)) if resume is None else Path(resume)
     started = time.perf_counter()
     with resumable(folder): train(learn, cfg, folder, resume is not None)
+    leave_processes()
     if rank_distrib(): return
     rows = read_csv(folder/'metrics.csv')
     last, best = rows[-1], best_epoch(rows)

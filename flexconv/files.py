@@ -108,20 +108,23 @@ def save_weights(model,          # its state_dict is saved, without the prefixes
     weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}
     if half:
         weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
-    metadata = dict(sha256=checksum(weights)) | ({} if about is None else dict(flexconv=json.dumps(about)))
-    write_atomically(path, safetensors.torch.save(weights, metadata))
+    # one entry of metadata: the library writes several in an order that varies, and equal weights make equal files
+    about = json.dumps(dict(about or {}, sha256=checksum(weights)))
+    write_atomically(path, safetensors.torch.save(weights, dict(flexconv=about)))
 
 def read_weights(path):
-    "Tensors of a safetensors file by name, and its metadata. A ValueError where it is damaged."
+    """Tensors of a safetensors file by name, and what the file says of them (`{}` where it says nothing). A ValueError
+    where it is damaged."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist: has the run finished an epoch?')
     try:
         with safetensors.safe_open(path, 'pt') as f:
-            weights, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            weights = {name: f.get_tensor(name) for name in f.keys()}
+            about = dict(json.loads((f.metadata() or {}).get('flexconv', '{}')))
     except Exception as e: raise ValueError(f'{path} is not a readable safetensors file ({e})') from None
-    if metadata.get('sha256', checksum(weights)) != checksum(weights):
+    if about.pop('sha256', checksum(weights)) != checksum(weights):
         raise ValueError(f'{path} is damaged: it does not match its checksum')
-    return weights, metadata
+    return weights, about
 
 # %% ../nbs/30_files.ipynb #730ad6f7
 def load_weights(model, path):

@@ -98,7 +98,7 @@ def create_model(name,                   # see `list_models`; 'flexnet7.cifar10'
     if isinstance(name, str) and '.' in name and pretrained is None: name, _, pretrained = name.partition('.')
     check_choice(name, model_registry, 'name')
     found = None, {}
-    if pretrained not in (None, False): found = read_pretrained(find_weights(name, pretrained))
+    if pretrained not in (None, False): found = read_weights(find_weights(name, pretrained))
     model = new_model(name, in_channels, num_classes, kwargs, *found)
     if features_only: return FeatureMaps(as_classifier(model, 'features_only'), out_indices)
     if out_indices is not None: raise ValueError(f'out_indices needs features_only=True; got {out_indices!r} without')
@@ -233,11 +233,6 @@ def download_weights(url):
     return path
 
 # %% ../nbs/31_registry.ipynb #b43c9b49
-def read_pretrained(path):
-    "Weights by name, and what the file says of itself (`{}` for a file that says nothing)."
-    weights, metadata = read_weights(path)
-    return weights, json.loads(metadata.get('flexconv', '{}'))
-
 def load_pretrained(model, weights,
                     new_head):   # True: the layer that gives the scores stays as it is
     "Trained weights into a model; a ValueError where they do not fit."

@@ -19,8 +19,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib, to_detach
 from .layers import conv_layers, kernel_sizes
 from .resolution import set_resolution
-from .files import bare_model, load_weights, read_csv, save_weights, write_csv
-from .registry import create_model, model_registry, read_pretrained, shipped_weights
+from .files import bare_model, load_weights, read_csv, read_weights, save_weights, write_csv
+from .registry import create_model, model_registry, shipped_weights
 from .data import record_dls
 from .learner import flex_learner
 from .checkpoints import save_checkpoint
@@ -119,7 +119,7 @@ class RunRecorder(Callback):
 # %% ../nbs/45_runs.ipynb #8d872e6b
 def read_about(path):
     "What a file of trained weights says of itself; a ValueError where it says nothing."
-    about = read_pretrained(path)[1]
+    about = read_weights(path)[1]
     if not {'model', 'data'} <= set(about):
         raise ValueError(f'{path} does not say which model it belongs to; give create_model its name')
     return about

@@ -7,7 +7,8 @@ __all__ = ['register_with_timm']
 
 # %% ../nbs/39_timm.ipynb #0a9c7c0f
 import flexconv      # registers the models
-from .registry import create_model, list_models, read_pretrained, shipped_weights
+from .files import read_weights
+from .registry import create_model, list_models, shipped_weights
 
 # %% ../nbs/39_timm.ipynb #0dd282a6
 try:
@@ -49,7 +50,7 @@ def entry_point(name):
 # %% ../nbs/39_timm.ipynb #e40cf91c
 def register_with_timm():
     "Enter all models of `list_models`, and their trained weights, into timm's registry; importing this module does it."
-    trained = {name: read_pretrained(path)[1] for name, path in shipped_weights().items()}
+    trained = {name: read_weights(path)[1] for name, path in shipped_weights().items()}
     public = list(globals().get('__all__', []))
     globals()['default_cfgs'] = generate_default_cfgs(
         {name: dict(file=str(path)) | timm_config(trained[name]) for name, path in shipped_weights().items()})

@@ -1,9 +1,8 @@
 "Trained networks that come with the package: what they say of themselves, and that they still compute it."
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, safetensors, torch
 from flexconv.files import read_weights
-from flexconv.registry import create_model, list_models
-from flexconv.registry import read_pretrained, shipped_weights
+from flexconv.registry import create_model, list_models, shipped_weights
 from flexconv.runs import load_run
 
 DATA = Path(__file__).parent/'data'
@@ -35,12 +34,12 @@ def test_a_shipped_network_computes_what_it_did(name):
 @pytest.mark.parametrize('name', sorted(CORRECT))
 def test_a_shipped_network_says_what_it_is(name):
     model, data = name.split('.')
-    about = read_pretrained(shipped_weights()[name])[1]
+    about = read_weights(shipped_weights()[name])[1]
     assert about['model'] == model and about['data']['name'] == data
     assert about['num_classes'] == len(about['data']['classes']) and about['data']['mean'] and about['data']['std']
     assert 0 < about['results']['accuracy'] <= 1 and about['results']['epochs'] and about['results']['hours'] > 0
     assert about['licence'] and about['limits'] and about['training']['seed'] == 0
-    assert 'sha256' in read_weights(shipped_weights()[name])[1]
+    with safetensors.safe_open(shipped_weights()[name], 'pt') as file: assert '"sha256":' in file.metadata()['flexconv']
 
 
 def test_both_spellings_and_a_new_head():

@@ -167,6 +167,14 @@ def test_weights_without_a_checksum_load(tmp_path):
     save_weights(a.bfloat16(), tmp_path/'half.safetensors'); load_weights(b.bfloat16(), tmp_path/'half.safetensors')
 
 
+def test_equal_weights_make_equal_files(tmp_path):
+    "Bytes that can be compared, and cached by what is in them."
+    layer, files = FlexConv1d(1, 2, 9, sigma=0.5), [tmp_path/f'{i}.safetensors' for i in range(20)]
+    for file in files: save_weights(layer, file, about=dict(model='mine', classes=['a', 'b']))
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_weights(files[0])[1] == dict(model='mine', classes=['a', 'b'])
+
+
 # Strangers ------------------------------------------------------------------------------------------------------------
 
 class Bomb:

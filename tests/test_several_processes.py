@@ -40,6 +40,8 @@ gathered = [None]*world
 distributed.all_gather_object(gathered, [sizes, windows])
 if rank == 0: print(json.dumps(dict(losses=losses, agree=all(g == gathered[0] for g in gathered),
                                     sizes=[list(s.values()) for s in sizes])))
+distributed.barrier()                                           # nobody leaves before the others
+del parallel
 distributed.destroy_process_group()
 '''
 
