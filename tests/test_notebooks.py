@@ -1,16 +1,44 @@
-"Every notebook runs from top to bottom, each in a process of its own."
-import os, subprocess, sys
+"Every notebook runs from top to bottom, each in a process of its own; tutorials away from the repository."
+import os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 
-NBS = Path(__file__).parent.parent/'nbs'
+ROOT = Path(__file__).parent.parent
+NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(p.relative_to(NBS)
                    for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts))
+TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: str(p.with_suffix('')))
-def test_notebook(notebook):
-    done = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--path', NBS/notebook, '--n_workers', '0',
-                           '--do_print'],
-                          capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='agg'), cwd=NBS.parent)
+def run_notebook(path, folder, **env):
+    done = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--do_print'],
+                          capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='agg') | env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: str(p.with_suffix('')))
+def test_notebook(notebook): run_notebook(NBS/notebook, ROOT)
+
+
+@pytest.fixture(scope='session')
+def installed(tmp_path_factory):
+    "The package as a wheel installs it, in a folder of its own."
+    source, folder = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('installed')
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT/name, source)
+    shutil.copytree(ROOT/'flexconv', source/'flexconv', ignore=shutil.ignore_patterns('__pycache__'))
+    build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', folder, source]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel: wheel.extractall(folder)
+    return folder
+
+
+@pytest.mark.parametrize('notebook', TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_runs_from_a_wheel_in_an_empty_folder(notebook, installed, tmp_path):
+    nb = Path(shutil.copy(NBS/notebook, tmp_path))
+    env = dict(PYTHONPATH=str(installed))
+    where = subprocess.run([sys.executable, '-c', 'import flexconv; print(flexconv.__file__)'], capture_output=True,
+                           text=True, env=os.environ | env, cwd=tmp_path)
+    assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
+    run_notebook(nb, tmp_path, **env)
