@@ -33,6 +33,13 @@ def call(command, *args, code=0, **options):
     return out.getvalue(), err.getvalue()
 
 
+# Notebooks ------------------------------------------------------------------------------------------------------------
+
+def python_of(cell):
+    "The Python of a cell of a notebook: its lines without IPython's magics and shell commands."
+    return ''.join(line for line in cell['source'] if line[0] not in '%!')
+
+
 # Random convolutions --------------------------------------------------------------------------------------------------
 
 @st.composite

@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 import pytest
+from helpers import python_of
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
@@ -86,7 +87,7 @@ def test_imports_stand_alone_in_their_cells(notebook):
     whole.)"""
     for cell in json.loads(notebook.read_text())['cells']:
         if cell['cell_type'] != 'code': continue
-        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.parse(''.join(cell['source'])).body]
+        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.parse(python_of(cell)).body]
         assert all(imports) or not any(imports), ''.join(cell['source'])
 
 

@@ -2,6 +2,7 @@
 import ast, json, re, shutil
 from pathlib import Path
 import pandas as pd, pytest
+from helpers import python_of
 
 PAGES = Path(__file__).parent.parent/'nbs/experiments'
 
@@ -26,7 +27,7 @@ def test_tables_are_those_of_the_files(monkeypatch):
     monkeypatch.chdir(PAGES)
     space, tables = {}, 0
     for cell in cells('results'):
-        value = run(''.join(cell['source']), space)
+        value = run(python_of(cell), space)
         if not isinstance(value, pd.DataFrame): continue
         stored, = (o['data']['text/html'] for o in cell['outputs'] if 'data' in o)
         stored = re.sub(r'\s+', ' ', re.sub(r'<style.*?</style>', '', ''.join(stored), flags=re.S))
@@ -42,7 +43,7 @@ def test_no_file_no_number(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     space, seen = {}, 0
     for cell in cells('results'):
-        value = run(''.join(cell['source']), space)
+        value = run(python_of(cell), space)
         if not isinstance(value, pd.DataFrame): continue
         for column in value:
             if 'measured' in column:

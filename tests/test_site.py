@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
+from helpers import python_of
 
 ROOT = Path(__file__).parent.parent
 SITE = 'https://flexconv.github.io/flexconv/'
@@ -242,6 +243,16 @@ def test_figures_have_captions_and_alternative_texts(site):
     assert count > 50
 
 
+def test_tutorials_open_in_colab(site):
+    "Each says where, and installs the library there."
+    tutorials = [page for page in site[0].values() if page.source.parts[0] == 'tutorials']
+    assert len(tutorials) > 10
+    for page in tutorials:
+        link, = page.front['code-links']
+        assert link['href'] == f'https://colab.research.google.com/github/flexconv/flexconv/blob/main/nbs/{page.source}'
+        assert 'pip install -q git+https://github.com/flexconv/flexconv' in (ROOT/'nbs'/page.source).read_text()
+
+
 def test_cell_options_are_those_of_quarto(site):
     "What is left of `#|` lines must be YAML: a directive of nbdev among them would stop Quarto."
     pages, _ = site
@@ -407,7 +418,7 @@ def examples():
             source = ''.join(cell['source'])
             if cell['cell_type'] == 'markdown': names |= set(re.findall(r'\bflexconv_\w+', source)); continue
             if re.search(r'^#\| *export', source, re.M): continue
-            for node in ast.walk(ast.parse(source)):
+            for node in ast.walk(ast.parse(python_of(cell))):
                 if isinstance(node, ast.Name): names.add(node.id)
                 elif isinstance(node, ast.Attribute): names.add(node.attr)
                 elif isinstance(node, ast.keyword): names.add(node.arg)

@@ -1,5 +1,5 @@
 "README.md from nbs/index.ipynb, with its pictures in nbs/images. `nbdev_readme` does the same where Quarto is installed."
-import re
+import html, re
 from pathlib import Path
 import nbformat, yaml
 from nbconvert import MarkdownExporter
@@ -26,7 +26,12 @@ def convert():
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['no-code']),
                                               ExtractOutputPreprocessor=dict(output_filename_template='nbs/images/index_{cell_index}{extension}')))
     body, resources = exporter.from_notebook_node(nb)
-    body = re.sub(r'!\[png\]\((nbs/images/index_(\d+)\.png)\)', lambda m: f'![{figures[int(m[2])]["fig-alt"]}]({m[1]})\n\n*{figures[int(m[2])]["fig-cap"]}*', body)
+    def picture(match):
+        "A picture with its text, caption and width: it has two pixels for each of the page."
+        path, i = match[1], int(match[2])
+        width = next(o.metadata['image/png'].width for o in nb.cells[i].outputs if 'image/png' in o.get('data', {}))
+        return f'<img src="{path}" alt="{html.escape(figures[i]["fig-alt"])}" width="{width}">\n\n*{figures[i]["fig-cap"]}*'
+    body = re.sub(r'!\[png\]\((nbs/images/index_(\d+)\.png)\)', picture, body)
     return re.sub(r'\n{4,}', '\n\n\n', '\n'.join(line.rstrip() for line in body.strip().splitlines())) + '\n', resources['outputs']
 
 
