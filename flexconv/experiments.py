@@ -64,7 +64,9 @@ def check_config(cfg):
 # %% ../nbs/60_experiments.ipynb #8b029ca0
 fast_images = dict(epochs=30, bs=128, warmup_epochs=5., dropout=0., label_smoothing=0.1, mask_lr=0.2, sigma=0.1,
                    precision='bf16')
-fast_sequences = dict(epochs=16, warmup_epochs=1.)
+fast_sequences = dict(epochs=16, warmup_epochs=1., mask_lr=0.2, kernel_norm=0., sigma=0.2)
+# sequences whose past is far back from the first step on: kernels begin at half of their length
+far_back = dict(pmnist=0.5, npcifar10=0.5)
 
 def taken_by(model, settings):
     "Settings without those that a model does not take."
@@ -93,7 +95,8 @@ def paper_experiments():
         if known.input in ('sequence', 'any'):
             for data in sequence_sets[1:]:
                 out[f'{data}-{model}'] = dict(data=data, epochs=200) | suits
-                out[f'{data}-{model}-fast'] = dict(data=data) | suits | fast_sequences
+                start = fast_sequences | dict(sigma=far_back.get(data, fast_sequences['sigma']))
+                out[f'{data}-{model}-fast'] = dict(data=data) | suits | taken_by(model, start)
     return out | resolution_experiments()
 
 # %% ../nbs/60_experiments.ipynb #6bb341b3
