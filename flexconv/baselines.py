@@ -245,18 +245,18 @@ class CIFARResNet(Classifier):
 # %% ../nbs/33_baselines.ipynb #3e2eec3c
 @register_model(input='image', takes=(), lr=0.001)
 def cifar_resnet32(in_channels=3, num_classes=10, **kwargs):
-    "CIFARResNet-32 (He et al., 2016)."
+    "CIFARResNet-32 (He et al., 2016). Takes the arguments of `CIFARResNet`."
     return CIFARResNet(in_channels, num_classes, 32, **kwargs)
 
 @register_model(input='image', takes=(), lr=0.001)
 def cifar_resnet44(in_channels=3, num_classes=10, **kwargs):
-    "CIFARResNet-44 (He et al., 2016)."
+    "CIFARResNet-44 (He et al., 2016). Takes the arguments of `CIFARResNet`."
     return CIFARResNet(in_channels, num_classes, 44, **kwargs)
 
 # %% ../nbs/33_baselines.ipynb #5cbc71e1
 @register_model(input='image', takes=('kernel_size', 'dropout'))
 def flexnet7_njet(in_channels=3, num_classes=10, width=38, **kwargs):
-    "FlexNet-7 with N-Jet layers of order 4."
+    "FlexNet-7 with N-Jet layers of order 4. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, width, conv=NJetConv2d, **kwargs)
 
 # %% ../nbs/33_baselines.ipynb #4db82132
@@ -267,8 +267,11 @@ def njet_conv(**conv_options):
 
 # %% ../nbs/33_baselines.ipynb #0fccd38e
 @register_model(input='image', takes=(), lr=0.001)
-def njet_resnet32(in_channels=3, num_classes=10, width=16, **conv_options):
-    "CIFARResNet-32 with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
+def njet_resnet32(in_channels=3,           # channels of the images
+                  num_classes=10,          # length of the scores
+                  width=16,                # channels of the first third of the blocks
+                  **conv_options):         # further arguments of `NJetConv2d`
+    "CIFARResNet-32 with N-Jet layers of order 3 (Pintea et al., 2021)."
     return CIFARResNet(in_channels, num_classes, 32, width, njet_conv(**conv_options))
 
 # %% ../nbs/33_baselines.ipynb #d98ba4d6
@@ -311,8 +314,12 @@ class AllCNN(Classifier, nn.Sequential):
 
 # %% ../nbs/33_baselines.ipynb #70d6f855
 @register_model(input='image', takes=('dropout',))
-def njet_allcnn(in_channels=3, num_classes=10, width=96, dropout=0.5, **conv_options):
-    "All-CNN with N-Jet layers of order 3 (Pintea et al., 2021); further arguments are those of `NJetConv2d`."
+def njet_allcnn(in_channels=3,             # channels of the images
+                num_classes=10,            # length of the scores
+                width=96,                  # channels of the first two layers; the others have twice as many
+                dropout=0.5,               # probability, after each convolution with a stride
+                **conv_options):           # further arguments of `NJetConv2d`
+    "All-CNN with N-Jet layers of order 3 (Pintea et al., 2021)."
     return AllCNN(in_channels, num_classes, width, dropout, njet_conv(**conv_options))
 
 # %% ../nbs/33_baselines.ipynb #d16fa9a0
@@ -351,5 +358,5 @@ class TCN(Classifier):
 # %% ../nbs/33_baselines.ipynb #31c623b1
 @register_model(input='sequence', takes=('dropout',), lr=0.002)
 def tcn(in_channels=1, num_classes=10, **kwargs):
-    "TCN with 8 blocks, as for sequential MNIST in Bai et al. (2018)."
+    "TCN with 8 blocks, as for sequential MNIST in Bai et al. (2018). Takes the arguments of `TCN`."
     return TCN(in_channels, num_classes, **kwargs)

@@ -64,9 +64,8 @@ def check_config(cfg):
 # %% ../nbs/60_experiments.ipynb #8b029ca0
 fast_images = dict(epochs=30, bs=128, warmup_epochs=5., dropout=0., label_smoothing=0.1, mask_lr=0.2, sigma=0.1,
                    precision='bf16')
-fast_sequences = dict(epochs=16, warmup_epochs=1., mask_lr=0.2, kernel_norm=0., sigma=0.2)
-# sequences whose past is far back from the first step on: kernels begin at half of their length
-far_back = dict(pmnist=0.5, npcifar10=0.5)
+fast_sequences = dict(epochs=16, warmup_epochs=1.)
+far_back = ('pmnist', 'npcifar10')          # what matters is far back: kernels begin at half of the sequence
 
 def taken_by(model, settings):
     "Settings without those that a model does not take."
@@ -94,9 +93,9 @@ def paper_experiments():
             out[f'small-{model}'] = small | dict(width=half_width(model)) | suits
         if known.input in ('sequence', 'any'):
             for data in sequence_sets[1:]:
-                out[f'{data}-{model}'] = dict(data=data, epochs=200) | suits
-                start = fast_sequences | dict(sigma=far_back.get(data, fast_sequences['sigma']))
-                out[f'{data}-{model}-fast'] = dict(data=data) | suits | taken_by(model, start)
+                start = dict(sigma=0.5) if data in far_back and 'sigma' in known.settings else {}
+                out[f'{data}-{model}'] = dict(data=data, epochs=200) | suits | start
+                out[f'{data}-{model}-fast'] = out[f'{data}-{model}'] | fast_sequences
     return out | resolution_experiments()
 
 # %% ../nbs/60_experiments.ipynb #6bb341b3

@@ -166,38 +166,41 @@ def new_flexnet(counts, in_channels, num_classes, width, **kwargs):
 # %% ../nbs/32_flexnet.ipynb #a691b221
 @register_model(input='image')
 def flexnet3(in_channels=3, num_classes=10, width=24, **kwargs):
-    "FlexNet with 3 residual blocks."
+    "FlexNet with 3 residual blocks. Takes the arguments of `flexnet7`."
     return new_flexnet((1, 1, 1), in_channels, num_classes, width, **kwargs)
 
 @register_model(input='image')
 def flexnet5(in_channels=3, num_classes=10, width=22, **kwargs):
-    "FlexNet with 5 residual blocks."
+    "FlexNet with 5 residual blocks. Takes the arguments of `flexnet7`."
     return new_flexnet((1, 2, 2), in_channels, num_classes, width, **kwargs)
 
 @register_model(input='image')
-def flexnet7(in_channels=3, num_classes=10, width=24, **kwargs):
+def flexnet7(in_channels=3,        # channels of the images
+             num_classes=10,       # length of the scores
+             width=24,             # channels of the first third of the blocks, then 1.5 and 2 times as many
+             **kwargs):            # further arguments of `FlexNet`
     "FlexNet with 7 residual blocks, the paper's best."
     return new_flexnet((2, 3, 2), in_channels, num_classes, width, **kwargs)
 
 # %% ../nbs/32_flexnet.ipynb #b0cade96
 @register_model(input='image', lr=0.001)
 def flexnet7_siren(in_channels=3, num_classes=10, **kwargs):
-    "FlexNet-7 with SIREN kernels."
+    "FlexNet-7 with SIREN kernels. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, kernel='siren', **kwargs)
 
 @register_model(input='image')
 def flexnet7_gabor(in_channels=3, num_classes=10, **kwargs):
-    "FlexNet-7 with Gabor kernels, whose envelopes are round."
+    "FlexNet-7 with Gabor kernels, whose envelopes are round. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, kernel='gabor', **kwargs)
 
 @register_model(input='image', takes=('kernel_size', 'dropout'), lr=0.001)
 def ckcnn7_siren(in_channels=3, num_classes=10, **kwargs):
-    "FlexNet-7 without masks (CKConv) and with SIREN kernels."
+    "FlexNet-7 without masks (CKConv) and with SIREN kernels. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, conv=CKConv2d, kernel='siren', **kwargs)
 
 @register_model(input='image', takes=('kernel_size', 'dropout'))
 def ckcnn7_magnet(in_channels=3, num_classes=10, **kwargs):
-    "FlexNet-7 without masks (CKConv)."
+    "FlexNet-7 without masks (CKConv). Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, conv=CKConv2d, **kwargs)
 
 # %% ../nbs/32_flexnet.ipynb #70a3ba93
@@ -208,43 +211,44 @@ def plain_conv2d(in_channels, out_channels, kernel_size):
 # %% ../nbs/32_flexnet.ipynb #32f9936e
 @register_model(input='image', takes=('dropout',))
 def flexnet7_conv3(in_channels=3, num_classes=10, kernel_size=3, **kwargs):
-    "FlexNet-7 with plain 3x3 convolutions."
+    "FlexNet-7 with plain 3x3 convolutions. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
 
 @register_model(input='image', takes=('dropout',))
 def flexnet7_conv33(in_channels=3, num_classes=10, kernel_size=33, **kwargs):
-    "FlexNet-7 with plain 33x33 convolutions."
+    "FlexNet-7 with plain 33x33 convolutions. Takes the arguments of `flexnet7`."
     return flexnet7(in_channels, num_classes, conv=plain_conv2d, kernel_size=kernel_size, **kwargs)
 
 # %% ../nbs/32_flexnet.ipynb #10e1672e
 @register_model(input='sequence', settings=dict(sigma=0.2, mask_lr=0.2))
 def flextcn2(in_channels=1, num_classes=10, **kwargs):
-    "FlexTCN with 2 residual blocks."
+    "FlexTCN with 2 residual blocks. Takes the arguments of `FlexTCN`."
     return FlexTCN(in_channels, num_classes, 2, **kwargs)
 
 @register_model(input='sequence', settings=dict(sigma=0.2, mask_lr=0.2))
 def flextcn4(in_channels=1, num_classes=10, **kwargs):
-    "FlexTCN with 4 residual blocks."
+    "FlexTCN with 4 residual blocks. Takes the arguments of `FlexTCN`."
     return FlexTCN(in_channels, num_classes, 4, **kwargs)
 
 @register_model(input='sequence', settings=dict(sigma=0.2, mask_lr=0.2))
 def flextcn6(in_channels=1, num_classes=10, **kwargs):
-    "FlexTCN with 6 residual blocks."
+    "FlexTCN with 6 residual blocks. Takes the arguments of `FlexTCN`."
     return FlexTCN(in_channels, num_classes, 6, **kwargs)
 
 # %% ../nbs/32_flexnet.ipynb #0dc2d181
 @register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.001, settings=dict(kernel_norm=1e-4))
 def cktcn(in_channels=1, num_classes=10, **kwargs):
-    "CKTCN (Romero et al., 2021): 2 residual blocks without masks, with weight-normalised SIREN kernels."
+    """CKTCN (Romero et al., 2021): 2 residual blocks without masks, with weight-normalised SIREN kernels. Takes the
+    arguments of `FlexTCN`."""
     options = dict(conv=CKConv1d, kernel='siren', kernel_options=dict(weight_norm=True))
     return FlexTCN(in_channels, num_classes, 2, **options | kwargs)
 
 @register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.001, settings=dict(kernel_norm=1e-4))
 def cktcn_big(in_channels=1, num_classes=10, width=100, **kwargs):
-    "CKTCN of width 100."
+    "CKTCN of width 100. Takes the arguments of `FlexTCN`."
     return cktcn(in_channels, num_classes, width=width, **kwargs)
 
 @register_model(input='sequence', takes=('kernel_size', 'dropout'), settings=dict(kernel_norm=1e-4))
 def cktcn_magnet(in_channels=1, num_classes=10, **kwargs):
-    "CKTCN with MAGNet kernels."
+    "CKTCN with MAGNet kernels. Takes the arguments of `FlexTCN`."
     return FlexTCN(in_channels, num_classes, 2, conv=CKConv1d, **kwargs)

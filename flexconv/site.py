@@ -175,7 +175,9 @@ def entry(thing, name):
     label = f'{name}.apply' if is_function_class(thing) else name
     if parent: parts = [doc, f'Takes the arguments of `{parent.__name__}`.']
     elif isinstance(thing, property): parts = [doc, '']
-    else: parts = [f'```python\n{signature_text(label, shown_signature(thing))}\n```', doc, arguments_table(thing)]
+    else:
+        table = '' if 'Takes the arguments of' in doc else arguments_table(thing)
+        parts = [f'```python\n{signature_text(label, shown_signature(thing))}\n```', doc, table]
     return '\n\n'.join(p for p in parts if p)
 
 # %% ../nbs/91_site.ipynb #d586a53a
