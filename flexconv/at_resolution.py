@@ -27,7 +27,8 @@ from .resolution import current_scale, set_resolution
 import flexconv.learner    # makes fit_cosine a method of Learner
 
 # %% ../nbs/48_at_resolution.ipynb #a5bf00b0
-def resized(tfm, size):
+def resized(tfm,     # a transform of `get_dls`
+            size):   # height and width, in pixels
     "A transform of a batch, with another size where it resizes."
     return ToFloat(tfm.mean.flatten().tolist(), tfm.std.flatten().tolist(), size) if isinstance(tfm, ToFloat) else tfm
 

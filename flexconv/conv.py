@@ -55,7 +55,9 @@ def makes_program():
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 # %% ../nbs/13_conv.ipynb #13509ce6
-def check_padding_fits(padding_mode, pairs, size):
+def check_padding_fits(padding_mode,    # as in `nn.Conv2d`
+                       pairs,           # padding before and after each axis
+                       size):           # of the input, one int per axis
     "A ValueError if `pairs` pad an input of `size` by more than the mode can."
     missing = dict(reflect=1, circular=0)
     if padding_mode not in missing or makes_program(): return
@@ -110,8 +112,16 @@ def correlate_by(method,     # 'direct' or one of `spectral_methods`
     return spectral_methods[method](*args, kept)
 
 # %% ../nbs/13_conv.ipynb #3c0b0eea
-def in_tiles(method, tile,      # one of `spectral_methods`, 'direct'; outputs of a tile per axis
-             x, kernel, bias, stride, pairs, groups, dilation, kept=None):
+def in_tiles(method,        # one of `spectral_methods`, or 'direct'
+             tile,          # outputs of a tile per axis
+             x,             # the input
+             kernel,        # a tensor or a `LowRankKernel`
+             bias,          # as in `conv_nd`
+             stride,        # as in `conv_nd`; a tuple
+             pairs,         # padding before and after each axis
+             groups,        # as in `conv_nd`
+             dilation,      # as in `conv_nd`; a tuple
+             kept=None):    # a dict that keeps the spectrum of this very kernel
     "A convolution of stride 1 by another method, tile by tile."
     ndim = len(stride)
     spans = [d*(n-1) for d, n in zip(dilation, kernel.shape[2:])]
@@ -298,17 +308,26 @@ def conv_nd(x,                       # (B, in_channels, *S), or (in_channels, *S
                     padding_mode=padding_mode, method=method)
 
 # %% ../nbs/13_conv.ipynb #e5ffebde
-def conv_method(x, weight, stride=1, padding='same', groups=1, *, dilation=1, causal=False, padding_mode='zeros',
-                method='auto'):
+def conv_method(x,                         # the input
+                weight,                    # a tensor or a `LowRankKernel`
+                stride=1,                  # as in `conv_nd`
+                padding='same',            # as in `conv_nd`
+                groups=1, *,               # as in `conv_nd`
+                dilation=1,                # as in `conv_nd`
+                causal=False,              # as in `conv_nd`
+                padding_mode='zeros',      # as in `conv_nd`
+                method='auto'):            # as in `conv_nd`
     "The method that `conv_nd` takes: 'direct', 'fft', 'lowrank' or 'matmul', or one of them 'in tiles of 48'."
     name, _ = plan_call(x, weight, None, stride, padding, groups, dilation, causal, padding_mode, method)
     return name if isinstance(name, str) else f'{name[0]} in tiles of {name[1]}'
 
 # %% ../nbs/13_conv.ipynb #8fd9b6fc
-def direct_conv_nd(x, weight, bias=None, stride=1, padding='same', groups=1, **kwargs):
+def direct_conv_nd(x, weight, bias=None, stride=1, padding='same', groups=1,    # as in `conv_nd`
+                   **kwargs):    # further arguments of `conv_nd`
     "`conv_nd` by direct summation; the same arguments but `method`."
     return conv_nd(x, weight, bias, stride, padding, groups, method='direct', **kwargs)
 
-def fft_conv_nd(x, weight, bias=None, stride=1, padding='same', groups=1, **kwargs):
+def fft_conv_nd(x, weight, bias=None, stride=1, padding='same', groups=1,    # as in `conv_nd`
+                **kwargs):    # further arguments of `conv_nd`
     "`conv_nd` through the fast Fourier transform; the same arguments but `method`."
     return conv_nd(x, weight, bias, stride, padding, groups, method='fft', **kwargs)

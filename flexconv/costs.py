@@ -234,7 +234,9 @@ def calibrated_rates(device='cpu'):
     except (OSError, ValueError, LookupError, TypeError): return {}                  # not there, or damaged
 
 # %% ../nbs/12_costs.ipynb #a6a0d259
-def rates_of(device, dtype, training):
+def rates_of(device,       # type of device: 'cpu' or 'cuda'
+             dtype,        # of the input
+             training):    # True: with the backward pass
     "The rates to use for a device type, a dtype and a mode: those measured here, else the built-in ones."
     precision = {torch.bfloat16: 'bfloat16', torch.float16: 'float16'}.get(dtype, 'float32')
     mode = 'training' if training else 'inference'

@@ -51,7 +51,7 @@ def crop_bounds(mask,            # a `GaussianMask`
     return tuple(crop_axis(n, m, s, cutoff, causal) for n, (m, s) in zip(size, effective))
 
 # %% ../nbs/04_crop.ipynb #80cab67b
-def crop_size(bounds):
+def crop_size(bounds):    # `((start, stop), ...)`, one pair per axis
     "Size in pixels of a crop, a tuple with one int per axis."
     return tuple(stop - start for start, stop in bounds)
 

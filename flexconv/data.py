@@ -183,7 +183,11 @@ class ImageDL(TfmdDL):
 # %% ../nbs/41_data.ipynb #5d621125
 class TensorDL(ImageDL):
     "An `ImageDL` over `ImageTensors` that picks each batch with one indexing operation."
-    def __init__(self, dataset, bs=64, **kwargs): super().__init__(dataset, bs, **{**kwargs, 'num_workers': 0})
+    def __init__(self,
+                 dataset,       # an `ImageTensors`
+                 bs=64,         # items per batch
+                 **kwargs):     # further arguments of `ImageDL`
+        super().__init__(dataset, bs, **{**kwargs, 'num_workers': 0})
 
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, self.drop_last):
@@ -196,8 +200,8 @@ class RandomCropFlip(RandTransform):
     split_idx, order = 0, 5
     def __init__(self,
                  padding=4,     # pixels on each side
-                 flip=True,     # flip half of the images?
-                 **kwargs):
+                 flip=True,     # True: flip half of the images
+                 **kwargs):     # further arguments of fastai's `RandTransform`
         super().__init__(p=1., **kwargs)
         self.padding, self.flip = per_axis(padding, 1, 'padding', minimum=0)[0], flip
 

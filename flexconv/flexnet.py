@@ -17,7 +17,7 @@ from .registry import Classifier, create_model, list_models, register_model
 # %% ../nbs/32_flexnet.ipynb #f3dac986
 class Dropout(nn.Dropout):
     """`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere, and in a compiled
-    program, which draws its own, `nn.Dropout`."""
+    program, which draws its own, `nn.Dropout`. Takes the arguments of `nn.Dropout`."""
     def forward(self, x):
         step = round(self.p*2**16)                                         # of 65,536
         elsewhere = x.device.type != 'cpu' or torch.compiler.is_compiling()
@@ -238,8 +238,8 @@ def flextcn6(in_channels=1, num_classes=10, **kwargs):
 # %% ../nbs/32_flexnet.ipynb #0dc2d181
 @register_model(input='sequence', takes=('kernel_size', 'dropout'), lr=0.001, settings=dict(kernel_norm=1e-4))
 def cktcn(in_channels=1, num_classes=10, **kwargs):
-    """CKTCN (Romero et al., 2021): 2 residual blocks without masks, with weight-normalised SIREN kernels. Takes the
-    arguments of `FlexTCN`."""
+    """CKTCN (Romero et al., 2021): 2 residual blocks without masks, with weight-normalised SIREN kernels.
+    Takes the arguments of `FlexTCN`."""
     options = dict(conv=CKConv1d, kernel='siren', kernel_options=dict(weight_norm=True))
     return FlexTCN(in_channels, num_classes, 2, **options | kwargs)
 

@@ -37,7 +37,8 @@ def position_grid(size,           # positions per axis: an int, or a tuple with 
 
 # %% ../nbs/01_kernels.ipynb #55567880
 class PointwiseLinear(nn.Linear):
-    "`nn.Linear` from `(in_features, N)` to `(out_features, N)`: the same map at each of N points."
+    """`nn.Linear` from `(in_features, N)` to `(out_features, N)`: the same map at each of N points.
+    Takes the arguments of `nn.Linear`."""
     def forward(self, h):                                          # (in_features, N)
         if self.bias is None: return self.weight @ h
         return torch.addmm(self.bias[:, None], self.weight, h)     # (out_features, N)
@@ -178,7 +179,13 @@ class SIREN(KernelNetwork):
 # %% ../nbs/01_kernels.ipynb #9d412cc2
 class MultiplicativeFilterNetwork(KernelNetwork):
     "Base of Fourier, Gabor and MAGNet (Fathony et al., 2021): `layers` linear maps, each times one more filter."
-    def __init__(self, ndim, out_channels, hidden, layers, device=None, dtype=None):
+    def __init__(self,
+                 ndim,             # number of axes of a position
+                 out_channels,     # kernel values per position
+                 hidden,           # values inside
+                 layers,           # linear maps before the last one
+                 device=None,      # of the parameters
+                 dtype=None):      # of the parameters
         super().__init__(ndim, out_channels, hidden, layers)
         new = partial(PointwiseLinear, device=device, dtype=dtype)
         self.filters = nn.ModuleList(self.new_filter(l, device=device, dtype=dtype) for l in range(self.layers+1))
@@ -201,7 +208,12 @@ class MultiplicativeFilterNetwork(KernelNetwork):
 # %% ../nbs/01_kernels.ipynb #05f02216
 class FourierFilter(nn.Module):
     "`sin(W x + b)`: plane waves. Positions `(ndim, N)` in, `(hidden, N)` out."
-    def __init__(self, ndim, hidden, scale, device=None, dtype=None):
+    def __init__(self,
+                 ndim,             # number of axes of a position
+                 hidden,           # number of waves
+                 scale,            # factor of the frequencies `W`
+                 device=None,      # of the parameters
+                 dtype=None):      # of the parameters
         super().__init__()
         self.linear = PointwiseLinear(ndim, hidden, device=device, dtype=dtype)
         with torch.no_grad():
@@ -245,7 +257,10 @@ class FourierNet(MultiplicativeFilterNetwork):
         return torch.sin(waves).unflatten(0, (-1, self.hidden))
 
 # %% ../nbs/01_kernels.ipynb #03a133fe
-def sample_gamma(shape, *size, device=None, dtype=None):
+def sample_gamma(shape,            # the distribution's parameter of that name
+                 *size,            # of the tensor
+                 device=None,      # of the tensor
+                 dtype=None):      # of the tensor; by default torch's
     "Draws from the Gamma distribution with the given shape and rate 1, a tensor of `size`; drawn in float32 and cast."
     shapes = torch.full(size, float(shape), device=device)
     draws = torch.distributions.Gamma(shapes, 1., validate_args=False).sample()
@@ -263,7 +278,14 @@ def gabor_envelope(points,    # `(ndim, N)`
 # %% ../nbs/01_kernels.ipynb #68c7909d
 class GaborFilter(FourierFilter):
     "A Gaussian envelope times a plane wave. `gamma` `(hidden, 1 or ndim)` are inverse widths."
-    def __init__(self, ndim, hidden, scale, gamma, mu_range=1., device=None, dtype=None):
+    def __init__(self,
+                 ndim,             # number of axes of a position
+                 hidden,           # number of waves
+                 scale,            # factor of the frequencies
+                 gamma,            # inverse widths of the envelopes, `(hidden, 1 or ndim)`
+                 mu_range=1.,      # centres are drawn between -`mu_range` and `mu_range`
+                 device=None,      # of the parameters
+                 dtype=None):      # of the parameters
         super().__init__(ndim, hidden, scale, device=device, dtype=dtype)
         self.gamma = nn.Parameter(gamma)
         self.mu = nn.Parameter((torch.rand(hidden, ndim, device=device, dtype=dtype)*2 - 1)*mu_range)
@@ -350,7 +372,7 @@ class GaborNet(FourierNet):
 def create_kernel_network(name,             # a registered name, or a callable `(ndim, out_channels, **kwargs)`
                           ndim,             # number of axes of a position
                           out_channels,     # kernel values per position
-                          **kwargs):
+                          **kwargs):        # options of the kernel network
     "A kernel network by name, or from a callable. Raises ValueError for a name that nobody registered."
     make = name if callable(name) else kernel_networks[check_choice(name, kernel_networks, 'kernel')]
     net = make(ndim, out_channels, **kwargs)

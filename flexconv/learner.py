@@ -75,7 +75,8 @@ def cosine_schedule(lr,             # highest learning rate: a number, or an arr
     return combine_scheds([warmup, 1-warmup], [SchedLin(0*lr, lr), SchedCos(lr, final)])
 
 # %% ../nbs/44_learner.ipynb #296aaf64
-def fit_from(learn, start_epoch):
+def fit_from(learn,            # a `Learner` in the middle of `fit`
+             start_epoch):     # how many epochs are done
     "`Learner._do_fit` from a later epoch."
     bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
     if start_epoch and bar: bar.update(0)                    # a bar must begin with 0

@@ -33,7 +33,7 @@ def drawable_layers(model,           # a network, a layer, or a dict of layers b
 
 # %% ../nbs/50_plot.ipynb #62642f9f
 @torch.no_grad()
-def kernel_frame(layer):
+def kernel_frame(layer):    # a CKConv or FlexConv
     """The kernel of a layer on its whole frame, 0 outside the crop, on the CPU:
     `(out_channels, in_channels/groups, *kernel_size)`."""
     kernel = layer.kernel().float().cpu()

@@ -24,7 +24,7 @@ def fourier_matrix(length,         # L, number of positions on the circle
     return np.exp(-2j*math.pi/length*(np.outer(np.arange(frequencies), positions) % length))
 
 # %% ../nbs/10_transforms.ipynb #9dc92faf
-def half_weights(length):
+def half_weights(length):     # of the signal
     "Scale of each frequency of a real signal's half spectrum: sqrt(2), or 1 where it is its own mirror image."
     weights = np.full(length//2 + 1, math.sqrt(2))
     weights[0] = 1
@@ -32,11 +32,11 @@ def half_weights(length):
     return weights
 
 # %% ../nbs/10_transforms.ipynb #ec3d05a5
-def power_of_two(length):
+def power_of_two(length):     # of a transform
     "The power of two nearest to 1/sqrt(length)."
     return 2.**-round(math.log2(length)/2)
 
-def missing_gain(lengths):
+def missing_gain(lengths):    # of the transforms, one per axis
     "What a kernel must be multiplied by where `power_of_two` of each length scales the transforms of input and output."
     return math.prod(1/(length*power_of_two(length)**2) for length in lengths)
 
@@ -132,7 +132,9 @@ class FourierTransform(torch.autograd.Function):
     "`(*size, M)` to real and imaginary part, two tensors `(frequencies, M)`, by a `Transform`."
     generate_vmap_rule = True
     @staticmethod
-    def forward(t, transform): return _transform(transform, t)
+    def forward(t,             # `(*size, M)`
+                transform):    # a `Transform`
+        return _transform(transform, t)
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.transform = inputs[1]
     @staticmethod
@@ -144,7 +146,11 @@ class FourierTranspose(torch.autograd.Function):
     "Real and imaginary part, `(frequencies, M)` each, to `(*size, M)`, plus a constant `(M,)`, by transposed matrices."
     generate_vmap_rule = True
     @staticmethod
-    def forward(re, im, constant, transform): return _transpose(transform, re, im, constant)
+    def forward(re,            # `(frequencies, M)`
+                im,            # `(frequencies, M)`
+                constant,      # `(M,)` or None
+                transform):    # a `Transform`
+        return _transpose(transform, re, im, constant)
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.transform = inputs[3]
     @staticmethod
@@ -160,7 +166,11 @@ class ComplexProduct(torch.autograd.Function):
     "`a b` for complex `a` `(n, P, Q)` and `b` `(n, Q, R)` in parts; `sign` -1: `a` times the conjugate of `b`."
     generate_vmap_rule = True
     @staticmethod
-    def forward(a_re, a_im, b_re, b_im, sign):
+    def forward(a_re,     # real part of `a`, `(n, P, Q)`
+                a_im,     # its imaginary part
+                b_re,     # real part of `b`, `(n, Q, R)`
+                b_im,     # its imaginary part
+                sign):    # 1, or -1 for the conjugate of `b`
         re = _add_product(torch.bmm(a_re, b_re), a_im, b_im, -sign)
         im = _add_product(torch.bmm(a_im, b_re), a_re, b_im, sign)
         return re, im
@@ -240,7 +250,8 @@ class ChannelsFirst(torch.autograd.Function):
     "`(*S, B, C)` to `(B, C, *S)`, contiguous or with the channels last in memory."
     generate_vmap_rule = True
     @staticmethod
-    def forward(t, channels_last):
+    def forward(t,                 # `(*S, B, C)`
+                channels_last):    # True: channels are last in memory
         y = t.movedim(-2, 0).contiguous().movedim(-1, 1)
         return y if channels_last else y.contiguous()
     @staticmethod
@@ -260,7 +271,7 @@ def _fast_length(n):
         if m == 1 and n % 2 == 0: return n
         n += 1
 
-def fast_length(n):
+def fast_length(n):    # the least length
     "The smallest even length of at least `n` with no prime factor but 2, 3 and 5."
     return _fast_length(int(n))          # int: sizes are tensors under torch.jit.trace
 
