@@ -29,7 +29,7 @@ from fastcore.basics import patch
 # %% ../nbs/41_data.ipynb #8f2725b7
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)     # fastai 2.8 still uses torch.jit.script, of which torch warns
-    import fastai.interpret
+    import fastai.data.core, fastai.interpret
     from fastai.data.all import (
         Category, CategoryMap, CrossEntropyLossFlat, DataLoaders, IntToFloatTensor, Normalize, TensorBase,
         TensorCategory, TfmdDL, Transform, URLs, chunked, default_device, fastai_path, parallel, store_attr, untar_data)
@@ -268,8 +268,31 @@ class TensorSequence(TensorBase):
     "A batch of sequences `(B, C, L)`; shown as curves, one for each channel."
     def show(self, ctx=None, **kwargs):
         ax = ctx or plt.subplots(figsize=(3, 1.5))[1]
-        ax.plot(self.as_subclass(torch.Tensor).T.cpu(), lw=0.6); ax.set(xticks=[], yticks=[])
+        ax.plot(self.as_subclass(torch.Tensor).T.cpu(), **dict(lw=0.6) | kwargs)
+        ax.set(xticks=[], yticks=[])
         return ax
+
+# %% ../nbs/41_data.ipynb #a9ea2fd1
+def register_display(ours, theirs):
+    "Let a function of fastai that shows tensors call ours for the types that ours is annotated with."
+    (theirs.dispatch if hasattr(theirs, 'dispatch') else theirs.add)(ours)     # plum; fastcore before fastai 2.8
+
+def show_batch(x:TensorSequence, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "What `dls.show_batch` shows of sequences: a grid of curves, each with its class."
+    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
+    for i in range(len(samples[0])):                                           # the sequences; the labels
+        ctxs = [item.show(ctx=ctx, **kwargs) for item, ctx, _ in zip(samples.itemgot(i), ctxs, range(max_n))]
+    return ctxs
+
+def show_results(x:TensorSequence, y:TensorCategory, samples, outs, ctxs=None, max_n=9, **kwargs):
+    "What `learn.show_results` shows of sequences: their class, and below it the predicted one, green or red."
+    ctxs = show_batch(x, y, samples, ctxs, max_n, **kwargs)
+    for (_, label), (predicted, *_), ctx in zip(samples, outs, ctxs):
+        predicted.show(ctx=ctx, color='green' if predicted == label else 'red')
+    return ctxs
+
+register_display(show_batch, fastai.data.core.show_batch)
+register_display(show_results, fastai.data.core.show_results)
 
 # %% ../nbs/41_data.ipynb #7e2d8567
 def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,
@@ -280,8 +303,7 @@ def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, out
         sample[0].show(ctx=ax, **kwargs)
         ax.set_title(f'{out[0]}/{sample[1]} / {loss.item():.2f} / {raw.max().item():.2f}')
 
-_known = fastai.interpret.plot_top_losses
-(_known.dispatch if hasattr(_known, 'dispatch') else _known.add)(plot_top_losses);    # plum; fastcore before fastai 2.8
+register_display(plot_top_losses, fastai.interpret.plot_top_losses)
 
 # %% ../nbs/41_data.ipynb #6201c67b
 class SequenceTensors(ImageTensors):

@@ -335,7 +335,7 @@ def gabor_filters(points,      # `(ndim, N)`
                   weight,      # frequencies `(hidden, ndim)`
                   bias):       # phases `(hidden,)`
     "Gabor filters, `(hidden, N)`."
-    visible = in_functorch() or tracing() or forward_ad()                 # to what takes derivatives in its own way
+    visible = in_functorch() or tracing() or forward_ad()                 # these need plain operations
     return (plain_gabor if visible else Gabor.apply)(points, gamma, mu, weight, bias)
 
 # %% ../nbs/01_kernels.ipynb #dfc1933a

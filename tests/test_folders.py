@@ -390,6 +390,18 @@ def test_top_losses_and_results_show_the_sets_own_pictures(kind, folder, tmp_pat
         assert [float(t.split('/')[2]) for t in titles] == pytest.approx(losses.tolist(), abs=0.006)
         interp.show_results([0, 1])
         learn.show_results(dl=test, shuffle=False)
+    if kind == 'sdigits':
+        shown = [ax for ax in plt.gcf().axes if ax.lines]                                         # one grid for all
+        said = [ax.get_title().splitlines() for ax in shown]
+        guesses = [dls.vocab[i] for i in net(own).argmax(1)]
+        assert said == [[str(dls.vocab[y]), str(guess)] for y, guess in zip(test.dataset.y, guesses)]
+        assert [ax.title.get_color() == 'green' for ax in shown] == [label == guess for label, guess in said]
+        dls.show_batch(max_n=3, nrows=1, lw=2)
+        shown = [ax for ax in plt.gcf().axes if ax.lines]
+        assert len(shown) == 3 and shown[0].lines[0].get_linewidth() == 2
+        assert {ax.get_title() for ax in shown} <= set(map(str, dls.vocab))
+        dls.test_dl([x for x, _ in items]).show_batch()                                           # no labels
+        assert [ax.get_title() for ax in plt.gcf().axes if ax.lines] == ['']*4
     plt.close('all')
 
 
