@@ -32,7 +32,7 @@ from fastcore.script import call_parse, store_true
 import flexconv
 # first, because it keeps fastai's import quiet
 from .data import check_record, data_sets, divide, get_dls, labelled_images, record_dls, split_folders
-from .data import validates_on_test_set
+from .data import trained_on, validates_on_test_set
 import fastai
 from fastai.callback.core import Callback, CancelFitException
 from fastai.interpret import ClassificationInterpretation
@@ -45,7 +45,7 @@ from .aliasing import aliasing_loss
 from .layers import conv_layers, kernel_sizes
 from .registry import list_models, load_pretrained
 from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
-from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, size_text
+from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, read_json, size_text
 from .optimizer import MaskAdam
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
@@ -184,11 +184,21 @@ def read_config(run,    # a run folder
     check_data(Path(run), cfg)
     return cfg
 
+def check_settings(file,    # data.json of a run
+                   cfg):    # its configuration
+    "A ValueError where a configuration asks for another part of a data set than the run was trained on."
+    record = read_json(file, {'name'})
+    names = 'seed', 'valid_pct', 'max_items'
+    if differ := [name for name in names if name in record and record[name] != cfg[name]]:
+        raise ValueError(f'{file} was written for other values of {", ".join(differ)} than config.json has')
+
 def check_data(run,    # run folder
                cfg):   # its configuration
     "A ValueError that names files that came, went, moved or changed in a run's folder of images since it was split."
     file = run/'data.json'
-    if not Path(cfg['data']).is_dir(): return
+    if not Path(cfg['data']).is_dir():
+        if file.exists(): check_settings(file, cfg)
+        return
     if not file.exists():
         if split_folders(Path(cfg['data'])) and cfg['valid_pct'] is None: return    # its folders say what is validation
         raise ValueError(f'{file} is missing: which images of {cfg["data"]} the run was trained on is not known')
@@ -263,6 +273,9 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
 def warm_start(learn, source):
     "Trained weights, of a run or of `list_models(pretrained=True)`, for a Learner; other classes get a new head."
     trained = load_run(source, 'cpu')
+    known = read_json(Path(source)/'data.json', set()) if Path(source).is_dir() else trained.dls.record
+    if seen := trained_on(learn.dls.record, known):
+        warnings.warn(f'{source} was trained on {seen}. Accuracy says little then', RuntimeWarning)
     same = list(trained.dls.vocab) == list(learn.dls.vocab)
     load_pretrained(learn.model, trained.model.state_dict(), new_head=not same)
 
@@ -331,7 +344,7 @@ def train(learn,              # of `make_learner`
         start, rows = load_checkpoint(learn, folder/'checkpoint.pt')
         if start and not rank_distrib():                       # the files may be missing, damaged, or an epoch ahead
             write_csv(folder/'metrics.csv', rows)
-            save_weights(learn.model, folder/'model.safetensors')
+            save_weights(learn.model, folder/'model.safetensors', about_run(folder))
         if start > cfg['epochs']:
             raise ValueError(f'epochs must be at least {start}, as many as are done; got {cfg["epochs"]}')
         if not rank_distrib() and rows and start < cfg['epochs']:        # perhaps more epochs than it was started with
@@ -362,7 +375,9 @@ def train(learn,              # of `make_learner`
 def say_table(rows, folder):
     "Print a table of resolutions, and write it to the folder."
     for row in [{k: k for k in rows[0]}, *rows]: say(*(str(v).rjust(11) for v in row.values()))
-    if not rank_distrib() and folder is not None: write_csv(folder/'resolution.csv', rows)
+    if rank_distrib() or folder is None: return
+    try: write_csv(folder/'resolution.csv', rows)
+    except OSError as e: print(e, file=sys.stderr)
 
 def train_at_target(learn, cfg, folder, resume):
     "Fine-tune at the target resolution, as a run of its own in a folder of the first."
@@ -484,7 +499,8 @@ def flexconv_eval(
     if update_bn and not sizes: raise ValueError('update_bn needs image sizes (--size)')
     check_device(device)
     is_run = Path(run).is_dir()
-    if is_run and data is None:
+    own = is_run and data is None
+    if own:
         learn = make_learner(read_config(run) | dict(bs=bs) | ({} if path is None else dict(path=path)), device)
         load_weights(learn.model, Path(run)/'model.safetensors')
         learn.model.to(learn.dls.device)
@@ -492,13 +508,14 @@ def flexconv_eval(
     else:
         learn = load_run(run, device)
         data = data or about_run(run)['data']['name'] if is_run else data or learn.model.pretrained_cfg['data']['name']
-        learn.dls = evaluation_data(learn.dls.record, data, path, bs, device)
+        record = read_json(Path(run)/'data.json', set()) if is_run else learn.dls.record
+        learn.dls = evaluation_data(record, data, path, bs, device)
     if sizes: return say_table(resolution_table(learn, sizes, update_bn), Path(run) if is_run else None)
     with learn.no_bar(), learn.no_logging():
         loss, accuracy = learn.validate()
         print(f'{type(learn.model).__name__} on {data}: accuracy {100*accuracy:.2f}%, loss {loss:.4f} '
               f'on {len(learn.dls.valid_ds):,} items')
-        if is_run: save_confusion(learn, Path(run)/'confusion.png')
+        if own: save_confusion(learn, Path(run)/'confusion.png')
 
 # %% ../nbs/61_cli.ipynb #029fc189
 def evaluation_data(record,    # of the network that is evaluated
@@ -514,7 +531,7 @@ def evaluation_data(record,    # of the network that is evaluated
                              f'{", ".join(differ)}')
         return dls
     dls = record_dls(record, bs=bs, device=device)
-    valid = dls.test_dl(labelled_images(data, record['classes']), with_labels=True)
+    valid = dls.test_dl(labelled_images(data, record['classes'], record), with_labels=True)
     return type(dls)(dls.train, valid, device=dls.device)
 
 def save_confusion(learn, path):
@@ -534,8 +551,8 @@ def save_confusion(learn, path):
 @call_parse
 @user_errors
 def flexconv_export(
-    run:str,              # Run folder
-    out:str=None,         # Folder to write to (default: the run folder)
+    run:str,              # Run folder, or trained weights: a name of flexconv_train --list, or a file
+    out:str=None,         # Folder to write to (default: the run folder; of trained weights NAME-exported)
     format:str='all',     # onnx, pt2 (torch.export), weights (for create_model(..., pretrained=FILE)), or all
     hub:str=None,         # Write a folder in the form of the Hugging Face Hub instead, for from_pretrained(DIR)
 ):
@@ -543,7 +560,8 @@ def flexconv_export(
     written, and say how far it is from the network; and its weights as one file that says what it is
     (weights.safetensors). With --hub only a folder with weights, configuration and card."""
     check_choice(format, ('all', 'onnx', 'pt2', 'weights'), 'format')
-    model, folder = load_run(run, 'cpu').model, Path(out or run)
+    model = load_run(run, 'cpu').model
+    folder = Path(out or (run if Path(run).is_dir() else f'{Path(run).name}-exported'))
     about = about_run(run) if Path(run).is_dir() else model.pretrained_cfg
     if hub is not None:
         for path in sorted(save_hub(model, hub, about).iterdir()): print(path)

@@ -9,7 +9,7 @@ __all__ = ['padding_pairs', 'check_padding_fits', 'in_tiles', 'conv_nd', 'conv_m
 from numbers import Integral
 import torch
 import torch.nn.functional as F
-from .core import at_least_float32, check_choice, in_functorch, per_axis, tracing
+from .core import at_least_float32, check_choice, forward_ad, in_functorch, per_axis, tracing
 from .transforms import is_channels_last, to_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
@@ -136,7 +136,7 @@ def in_tiles(method,        # one of `spectral_methods`, or 'direct'
     for axis in range(ndim): y = y.movedim(2+ndim+axis, 3+2*axis)         # (B, O, count, tile, count, tile, ...)
     for axis in range(ndim): y = y.flatten(2+axis, 3+axis)                # (B, O, *out), rounded up to whole tiles
     y = y[(..., *(slice(o) for o in out))].clone(memory_format=torch.contiguous_format)
-    return to_channels_last(y) if ndim == 2 and is_channels_last(x) else y
+    return to_channels_last(y) if ndim > 1 and is_channels_last(x) else y
 
 # %% ../nbs/13_conv.ipynb #88e10cfd
 def _factors(kernel): return (kernel.mix, kernel.basis) if isinstance(kernel, LowRankKernel) else (kernel,)
@@ -178,7 +178,7 @@ def choose(x, kernel, args, method):
     "'direct', one of `spectral_methods`, or `(method, tile)`."
     _, stride, pairs, _, dilation = args
     if method == 'direct' or len(x) == 0: return 'direct'
-    if in_functorch(): return 'matmul'
+    if in_functorch() or forward_ad(): return 'matmul'
     if method in spectral_methods: return method
     if method == 'autotune' and can_measure(x, kernel, args): return autotune(x, kernel, args)
     rank = kernel.rank if isinstance(kernel, LowRankKernel) else None

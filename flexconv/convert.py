@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastprogress import progress_bar
 from torch import nn
+from torch.nn.parameter import is_lazy
 from .core import check_int
 from .layers import FlexConv2d, conv_layers, sample
 
@@ -210,7 +211,7 @@ def fit_all(pairs, steps, verbose):
 
 def growth(model, converted):
     "One line: how many convolutions were converted, and the parameters before and after."
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, converted))
+    before, after = (sum(p.numel() for p in m.parameters() if not is_lazy(p)) for m in (model, converted))
     found = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     done = sum(isinstance(m, FlexConv2d) for m in converted.modules())
     return f'{done} of {found} convolutions converted; parameters: {before:,} -> {after:,}'

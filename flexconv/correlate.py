@@ -333,7 +333,8 @@ class Correlate(torch.autograd.Function):
         x, *factors, xs, spectrum = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
         kernel = spectrum_kinds[len(factors)](*factors)
-        if torch.is_grad_enabled(): return differentiable_backward(x, kernel, ctx.pairs, gy, need_x, needs)
+        if torch.is_grad_enabled():
+            with no_autocast(x): return differentiable_backward(x, kernel, ctx.pairs, gy, need_x, needs)
         lengths, margins = circle(x.shape[3:], kernel.size, ctx.pairs)
         with no_autocast(x):
             gs = fft_spectrum(gy, lengths, tuple((0, l-n) for l, n in zip(lengths, gy.shape[3:])))     # (G, F, B, O)
@@ -399,4 +400,4 @@ def fft_correlate(x, kernel, bias, stride, pairs, groups, dilation, kept=None):
             y = y[(..., *(slice(None, None, s) for s in stride))].clone(memory_format=torch.contiguous_format)
         if bias is not None: y = y + bias.to(dtype).view(-1, *[1]*len(stride))
         y = y.to(x.dtype)
-        return to_channels_last(y) if x.ndim == 4 and is_channels_last(x) else y.contiguous()
+        return to_channels_last(y) if x.ndim > 3 and is_channels_last(x) else y.contiguous()

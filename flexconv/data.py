@@ -7,10 +7,11 @@ __all__ = ['ImageTensors', 'TensorDL', 'RandomCropFlip', 'ToFloat', 'ToSequence'
            'register_data_set', 'digits', 'mnist', 'cifar10', 'sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10',
            'cifar100', 'stl10', 'imagenet32', 'speechcommands', 'speechcommands_mfcc', 'chartrajectories',
            'chartrajectories30', 'chartrajectories50', 'chartrajectories70', 'folder_record', 'check_record',
-           'record_dls', 'validates_on_test_set', 'labelled_images', 'get_dls']
+           'record_dls', 'split_digest', 'own_validation_images', 'trained_on', 'validates_on_test_set',
+           'labelled_images', 'get_dls']
 
 # %% ../nbs/41_data.ipynb #c623913f
-import copy, io, os, warnings
+import copy, hashlib, io, json, os, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +36,8 @@ with warnings.catch_warnings():
         TensorCategory, TfmdDL, Transform, URLs, chunked, default_device, fastai_path, parallel, store_attr, untar_data)
     from fastai.learner import Learner
     from fastai.vision.core import PILImage, TensorImage, image2tensor, imagenet_stats
-    from fastai.vision.data import get_grid, get_image_files
+    from fastai.data.transforms import get_files
+    from fastai.vision.data import get_grid
     from fastai.vision.augment import RandTransform, Resize
 
 # %% ../nbs/41_data.ipynb #bf60c38d
@@ -640,10 +642,11 @@ def _probe(file):
     "`(height, width)` of an image file as it is read, or a sentence on what is wrong with it."
     try:
         im = _as_picture(file)
-        (width, height), turned = im.size, im.getexif().get(0x0112) in (5, 6, 7, 8)
-        im.draft(im.mode, (32, 32))               # a JPEG file is read to its end, but at an eighth of its size
-        _as_rgb(im)
-        return (width, height) if turned else (height, width)
+        size, turned = im.size, im.getexif().get(0x0112) in (5, 6, 7, 8)
+        is_draft = im.draft(im.mode, (32, 32))    # a JPEG file is read to its end, but at an eighth of its size
+        upright = _as_rgb(im).size
+        width, height = upright if is_draft is None else size[::-1] if turned else size
+        return height, width
     except Exception as e: return f'{file} is not a readable image: {e}'
 
 def common_size(files):
@@ -659,11 +662,25 @@ def common_size(files):
 # %% ../nbs/41_data.ipynb #6c75bf57
 split_names = dict(train=('train', 'training'), valid=('valid', 'val', 'validation'), test=('test', 'testing'))
 
-def image_paths(path):
-    "Paths of the images below a folder, relative to it, sorted. Hidden ones are left out."
-    paths = [f.relative_to(path) for f in get_image_files(path)]
+# the same on every machine
+image_suffixes = frozenset('.avif .bmp .gif .jfif .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tif .tiff .webp'.split())
+no_images = frozenset('.csv .db .ini .json .md .npy .pdf .py .txt .xml .yaml .yml'.split())      # beside images
+
+def visible_files(path):
+    "Paths of the files below a folder, relative to it, sorted. Hidden ones are left out."
+    paths = [f.relative_to(path) for f in get_files(path)]
     hidden = lambda p: any(part.startswith(('.', '__MACOSX')) for part in p.parts)
     return sorted(p.as_posix() for p in paths if not hidden(p))
+
+def image_paths(path):
+    "Paths of the images below a folder, relative to it, sorted. Hidden ones are left out."
+    return [f for f in visible_files(path) if Path(f).suffix.lower() in image_suffixes]
+
+def warn_of_others(path):
+    "A warning that names files in the folders of images whose names do not say that they are images."
+    others = [f for f in visible_files(path) if '/' in f and Path(f).suffix.lower() not in image_suffixes | no_images]
+    if others: warnings.warn(f'{path}: left out, for their names are not those of images: {_some(others)}',
+                             RuntimeWarning, stacklevel=3)
 
 def split_folders(path):
     "`{'train': its folder, ...}` for the splits that a folder is divided into, `{}` for an undivided one."
@@ -674,6 +691,27 @@ def split_folders(path):
             if split in found: raise ValueError(f'{path} holds both {found[split]} and {name}; keep one of them')
             found[split] = name
     return found
+
+looks_like_split = re.compile(r'(dev|eval|evaluation|holdout|unlabell?ed)(set)?|'
+                              r'(train|training|val|valid|validation|test|testing)[ _-]?(set|images|imgs|data)', re.I)
+
+def require_known_splits(path):
+    "A ValueError for folders whose names look like those of a split and are none that we know."
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+    if unknown := [name for name in folders if looks_like_split.fullmatch(name)]:
+        known = ', '.join(name for names in split_names.values() for name in names)
+        raise ValueError(f'{path} holds {_some(unknown)}, which is no class by its name and no split that is known; '
+                         f'those are {known}')
+
+def require_different_files(path, train, valid):
+    "A ValueError where one file, by symbolic links, is in both splits or in two classes."
+    parents, seen = {}, {}
+    for f, label in [*((f, ('train', c)) for f, c in train.items()), *((f, ('valid', c)) for f, c in valid.items())]:
+        file = path/f
+        if file.parent not in parents: parents[file.parent] = file.parent.resolve()
+        real = file.resolve() if file.is_symlink() else parents[file.parent]/file.name
+        other, known = seen.setdefault(real, (f, label))
+        if known != label: raise ValueError(f'{path} holds one file as {other} and as {f}; keep one of them')
 
 # %% ../nbs/41_data.ipynb #471887b1
 def _some(names, n=5):
@@ -740,11 +778,13 @@ def divide(path,              # a folder of images
     path = Path(path)
     files = image_paths(path)
     if not files: raise FileNotFoundError(f'{path} holds no images; it must have a folder of images for each class')
+    require_known_splits(path)
+    warn_of_others(path)
     splits = split_folders(path)
     counts = {name: sum(f.startswith(name + '/') for f in files) for name in splits.values()}
     found = 'found ' + ', '.join(f'{n:,} images in {name}' for name, n in counts.items())
     if others := [f for f in files if splits and f.split('/')[0] not in counts or '/' not in f]:
-        beside = f' beside {", ".join(counts)}' if splits else ''
+        beside = f' beside {", ".join(counts)}, the name of a split' if splits else ''
         raise ValueError(f'{path} must hold folders of images only; found {_some(others)}{beside}')
     if not splits: train, valid = by_class(files, ''), None
     elif 'train' not in splits: raise ValueError(f'{path} must hold train beside {", ".join(counts)}; {found}')
@@ -752,7 +792,9 @@ def divide(path,              # a folder of images
     _check_classes(path/splits.get('train', ''), train, valid or {})
     if valid is None:
         held = hold_out(train, 0.2 if valid_pct is None else valid_pct, seed)
-        train, valid = {f: c for f, c in train.items() if f not in set(held)}, {f: train[f] for f in held}
+        held = set(held)
+        train, valid = ({f: c for f, c in train.items() if (f in held) == part} for part in (False, True))
+    require_different_files(path, train, valid)
     return train, valid
 
 # %% ../nbs/41_data.ipynb #e099491d
@@ -847,6 +889,39 @@ def record_dls(record,         # of `dls.record`
                          for i, files in enumerate(record['files'].values())), device=device)
 
 # %% ../nbs/41_data.ipynb #5eee5a4f
+def split_digest(files):    # `{'train': {path: bytes}, 'valid': {path: bytes}}` of a record
+    "A checksum of which images of a folder are for training and which for validation."
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+def own_validation_images(record,    # of a network's data
+                          path):     # a folder of images
+    """`{path: class}` of the validation images, where a folder is the one that a record was made of, or a copy;
+    None for other folders. A ValueError where it holds images for training, and is not as it was."""
+    path = Path(path)
+    if 'files' not in record or not path.is_dir() or split_folders(path): return None      # a split of its own
+    sizes = {f: (path/f).stat().st_size for f in image_paths(path)}
+    train, valid = record['files']['train'], record['files']['valid']
+    if any(train.get(f) == size for f, size in sizes.items()):
+        check_record(record, path)
+        return {f: f.split('/')[-2] for f in valid}
+    if 'split' not in record: return None
+    parts = divide(path, record['valid_pct'], record['seed'])              # of weights, which do not list images
+    same = split_digest(dict(zip(('train', 'valid'), ({f: sizes[f] for f in part} for part in parts))))
+    return parts[1] if same == record['split'] else None
+
+def trained_on(record,     # of the data that are validated on
+               trained):   # of the data that a network was trained on
+    "A sentence on validation images that a network was trained on, '' where there are none."
+    if 'files' in record and 'files' in trained:
+        train, valid = trained['files']['train'], record['files']['valid']
+        both = [f for f, size in valid.items() if train.get(f) == size]
+        return f'{len(both):,} of {len(valid):,} validation images: {_some(both)}' if both else ''
+    settings = 'seed', 'valid_pct'
+    if 'files' in record or 'files' in trained or record['name'] != trained['name'] or record['valid_pct'] is None: return ''
+    same = all(record[name] == trained[name] for name in settings)
+    return '' if same else (f'validation images of {record["name"]}, which are a part of its training set: '
+                            'give the seed and valid_pct of that training')
+
 def validates_on_test_set(record):    # of `dls.record`
     "True if the validation set of a record is a test set, on which nothing should be chosen."
     if 'files' not in record: return record['valid_pct'] is None
@@ -854,8 +929,9 @@ def validates_on_test_set(record):    # of `dls.record`
     return first.count('/') == 2 and first.split('/')[0].lower() in split_names['test']
 
 # %% ../nbs/41_data.ipynb #f9bae1a9
-def labelled_images(path,       # a folder with a folder for each class, or with valid or test that has
-                    classes):   # names of the classes that a network knows
+def labelled_images(path,          # a folder with a folder for each class, or with valid or test that has
+                    classes,       # names of the classes that a network knows
+                    record=None):  # of the network's data: of that folder, or a copy, only validation images
     "Pairs `(path, class)` of a folder for `dls.test_dl`. A ValueError names classes that are unknown."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'{path} is no folder')
@@ -863,7 +939,8 @@ def labelled_images(path,       # a folder with a folder for each class, or with
     folder = splits.get('valid') or splits.get('test') or ''
     if splits and not folder:
         raise ValueError(f'{path} must hold valid or test beside {splits["train"]}, or folders of classes')
-    labels = by_class(image_paths(path), folder)
+    own = None if record is None else own_validation_images(record, path)
+    labels = by_class(image_paths(path), folder) if own is None else own
     if not labels:
         raise FileNotFoundError(f'{path/folder} holds no images; it must have a folder of images for each class')
     if unknown := sorted(set(labels.values()) - set(classes)):

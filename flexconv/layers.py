@@ -20,7 +20,7 @@ from .core import at_least_float32, check_choice, check_dtype, check_int, check_
 from .core import per_axis, read_blocks, tracing
 from .kernels import KernelNetwork, create_kernel_network, kernel_networks, position_axis
 from .magnet import MAGNet       # registers 'magnet'
-from .mask import GaussianMask, cutoff_in_sigmas, gaussian
+from .mask import GaussianMask, cutoff_in_sigmas
 from .crop import crop_axis, crop_bounds, crop_mask, crop_size, crop_starts, effective_numbers, paper_size
 from .crop import sigma_for_size, spacing
 from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, methods
@@ -45,9 +45,18 @@ def crop_positions(grid_size, bounds, causal, device, dtype):
     if causal and grid_size == (1,): axes = [axes[0] + 1]                # the only sample is the newest
     return torch.stack(torch.meshgrid(*axes, indexing='ij'))
 
-known_positions = lru_cache(maxsize=256)(crop_positions)
+@lru_cache(maxsize=256)
+def known_positions(*args):
+    "`crop_positions`, computed once."
+    with torch.inference_mode(False): return crop_positions(*args)
 
 # %% ../nbs/21_layers.ipynb #dd58973d
+@torch.no_grad()
+def keep_updates(module, raised):
+    "Copy to the buffers of a module what a call wrote to raised copies of them, as spectral norms do."
+    for name, buffer in module.named_buffers():
+        if name in raised and raised[name]._version > 0: buffer.copy_(raised[name])
+
 def sample(module, *args, **kwargs):
     "`module(*args, **kwargs)` outside autocast, with parameters and buffers in float32 instead of half precision."
     if args[0].is_meta: return module(*args, **kwargs)               # a device without autocast
@@ -56,7 +65,9 @@ def sample(module, *args, **kwargs):
                   for tensors in (module.named_parameters(), module.named_buffers())
                   for name, t in tensors if t.dtype != at_least_float32(t.dtype)}
         if not raised: return module(*args, **kwargs)
-        return torch.func.functional_call(module, raised, args, kwargs)
+        output = torch.func.functional_call(module, raised, args, kwargs)
+        if not (tracing() or in_functorch()): keep_updates(module, raised)
+        return output
 
 # %% ../nbs/21_layers.ipynb #ae244943
 def accepts(kernel, argument):
@@ -115,10 +126,10 @@ class ContinuousKernel(nn.Module):
                   bounds=None):      # `((start, stop), ...)`; by default those in use
         "The positions at which the kernel is sampled, `(ndim, *size)`."
         p, bounds = self.first_parameter(), bounds or self.bounds()
-        ordinary = type(p) in (nn.Parameter, torch.Tensor) and not (tracing() or in_functorch())
-        small = math.prod(crop_size(bounds)) <= 2**16
-        make = known_positions if small and ordinary else crop_positions
-        return make(self.grid_size, bounds, self.causal, p.device, at_least_float32(p.dtype))
+        ordinary = type(p) in (nn.Parameter, torch.Tensor) and math.prod(crop_size(bounds)) <= 2**16
+        known = not (tracing() or in_functorch()) and ordinary and torch._C._len_torch_dispatch_stack() == 0
+        args = self.grid_size, bounds, self.causal, p.device, at_least_float32(p.dtype)
+        return known_positions(*args).clone() if known else crop_positions(*args)      # a clone: it may be written to
 
     def mask_values(self,
                     bounds,         # the part of the grid, `((start, stop), ...)`
@@ -466,7 +477,7 @@ class FlexConv(CKConv):
         if not self.training: return torch.where(kept, m, 0.)
         neighbours = starts - ((starts == last) & (last > 0)).to(starts.dtype)
         near = crop_mask(neighbours, size, bounds, self.causal)
-        surrogate = gaussian(positions, *self.mask.effective([2*s for s in step]))
+        surrogate = self.mask(positions, [2*s for s in step])
         return torch.where(kept, m, torch.where(near, surrogate - surrogate.detach(), 0.))
 
     @property
@@ -490,20 +501,21 @@ class FlexConv(CKConv):
     def kernel_at(self, offsets):
         values, _ = super().kernel_at(offsets)
         step, positions = spacing(self.grid_size), self.positions_at(offsets)
-        mask = gaussian(positions, *self.mask.effective(step))
+        mask = self.mask(positions, step)
         if not (self.training and self.size == (1,)): return values, mask
         earliest, latest = self.mask_reach()
-        surrogate = gaussian(positions, *self.mask.effective([2*s for s in step]))
+        surrogate = self.mask(positions, [2*s for s in step])
         kept = (offsets >= earliest) & (offsets <= latest)
         return values, torch.where(kept, mask, surrogate - surrogate.detach())
 
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."
-        grid, device = self.grid_size, self.mask.sigma.device
-        if tracing() or is_batched(self.mask.sigma):
-            return self.window.bounds if self.window.fits(grid) else tuple((0, n) for n in grid), False
-        if not (self.training and read_blocks(device)): return self.bounds(), True
-        if self.window.due(grid): refresh_sizes(self)
+        grid, parameters = self.grid_size, (self.mask.sigma, self.mask.mean)
+        whole = tuple((0, n) for n in grid)
+        if tracing(): return self.window.bounds if self.window.fits(grid) else whole, False
+        if any(map(is_batched, parameters)): return whole, False
+        if not (self.training and read_blocks(self.mask.sigma.device)): return self.bounds(), True
+        if self.window.due(grid, tuple(map(id, parameters))): refresh_sizes(self)
         return self.window.bounds, False
 
     def forward_kernel(self):

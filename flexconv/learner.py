@@ -54,8 +54,8 @@ def flex_learner(dls,                 # fastai `DataLoaders`
                  cbs=None,            # further callbacks
                  opt_func=None,       # by default `MaskAdam`
                  **kwargs):           # further arguments of `Learner`
-    """A fastai `Learner` with masks at a tenth of the learning rate, kernel sizes on record and none of them asked for
-    more often than needed, stopped by a loss that is not finite."""
+    """A fastai `Learner` with masks at a tenth of the learning rate, kernel sizes recorded, and on a GPU read only
+    every few steps, and training stopped by a loss that is not finite."""
     if isinstance(model, str): model = model_for(dls, model)
     if opt_func is not None and mask_lr is not None:
         raise ValueError('mask_lr is an argument of MaskAdam; with an opt_func of your own, '

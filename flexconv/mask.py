@@ -74,14 +74,17 @@ class MaskValues(torch.autograd.Function):
         positions, mean, sigma, least, z, width, m = ctx.saved_tensors
         if torch.is_grad_enabled():                                       # a second derivative is wanted
             m = gaussian(positions, *effective_values(mean, sigma, least, ctx.cutoff))
-            return None, *torch.autograd.grad(m, (mean, sigma), g, create_graph=True), None, None
+            needs = ctx.needs_input_grad[1:3]
+            wanted = [t for t, need in zip((mean, sigma), needs) if need]
+            grads = iter(torch.autograd.grad(m, wanted, g, create_graph=True))
+            return None, *(next(grads) if need else None for need in needs), None, None
         u = z*(g*m)
         sign = torch.where(sigma < 0, -1., 1.)
         return None, u.sum(1)/width, sign*(u*z).sum(1)/width, None, None
 
 def mask_values(positions, mean, sigma, least, cutoff):
     "The values of a mask, `(*spatial)`, at `positions` `(D, *spatial)`."
-    if in_functorch() or tracing() or forward_ad():
+    if positions.requires_grad or in_functorch() or tracing() or forward_ad():
         return gaussian(positions, *effective_values(mean, sigma, least, cutoff))
     return MaskValues.apply(positions.flatten(1), mean, sigma, least, cutoff).view(positions.shape[1:])
 

@@ -17,8 +17,8 @@ from .mask import GaussianMask
 
 # %% ../nbs/42_optimizer.ipynb #7dccc9b5
 def mask_parameters(model):
-    "The parameters of all masks of a model, a list."
-    return [p for m in model.modules() if isinstance(m, GaussianMask) for p in m.parameters()]
+    "The parameters of all masks of a model, a list; those that several masks share, once."
+    return list(dict.fromkeys(p for m in model.modules() if isinstance(m, GaussianMask) for p in m.parameters()))
 
 def param_groups(model,
                  lr=0.01,             # learning rate of everything but masks

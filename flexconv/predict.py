@@ -15,17 +15,19 @@ from fastcore.script import call_parse, store_true
 
 # %% ../nbs/64_predict.ipynb #483ca7b2
 from .core import check_int
-from .data import image_paths    # first: it keeps fastai's import quiet
+from .data import image_suffixes, visible_files    # first: it keeps fastai's import quiet
 from .runs import load_run
 from .cli import check_device, user_errors
 
 # %% ../nbs/64_predict.ipynb #6c39ca10
+readable = image_suffixes | {'.npy'}
+
 def expand(paths):
     """Files to predict, a list: folders are replaced by the images and arrays in them, sorted.
     A ValueError where there are none."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir(): files += sorted({*(path/f for f in image_paths(path)), *path.rglob('*.npy')})
+        if path.is_dir(): files += [path/f for f in visible_files(path) if Path(f).suffix.lower() in readable]
         else: files.append(path)
     if not files:
         raise ValueError(f'files must name images or folders of images; found none in {", ".join(map(str, paths))}')
@@ -53,7 +55,7 @@ def read_array(path, record):
 @torch.no_grad()
 def predict_file(learn, path):
     "Probabilities of the classes for one file, a tensor. A ValueError for a file that cannot be read."
-    if path.suffix == '.npy': x = read_array(path, learn.dls.record)
+    if path.suffix.lower() == '.npy': x = read_array(path, learn.dls.record)
     else: x = next(iter(learn.dls.test_dl([path])))[0]               # a ValueError that names what is no picture
     device = next(learn.model.parameters()).device
     return learn.model.eval()(x.as_subclass(torch.Tensor).to(device)).float().softmax(1)[0].cpu()

@@ -21,7 +21,7 @@ from .layers import conv_layers, kernel_sizes
 from .resolution import set_resolution
 from .files import bare_model, load_weights, read_csv, read_weights, save_weights, write_csv
 from .registry import create_model, model_registry, shipped_weights
-from .data import record_dls
+from .data import record_dls, split_digest
 from .learner import flex_learner
 from .checkpoints import save_checkpoint
 
@@ -61,7 +61,8 @@ def about_run(folder):
     kernel_size = (cfg.get('initial') or {}).get('kernel_size')
     if kernel_size and model_registry[cfg['model']].takes('kernel_size'): options['kernel_size'] = kernel_size[0]
     if model_registry[cfg['model']].input == 'any': options['ndim'] = len(record['input_shape']) - 1
-    if 'files' in record: record['files'] = dict(train={}, valid={})          # of no use elsewhere
+    if 'files' in record:                               # the list is of no use elsewhere, but which were held out is
+        record |= dict(files=dict(train={}, valid={}), split=split_digest(record['files']))
     recipe = ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'weight_decay', 'label_smoothing', 'progressive', 'kernel_norm',
               'aliasing', 'precision', 'seed')
     training = {name: cfg[name] for name in recipe if name in cfg}

@@ -227,10 +227,9 @@ def is_channels_last(x):
     return single or not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 def to_channels_last(x):
-    "`x` with its channels last in memory; also a single channel, which torch leaves as it is."
-    x = x.contiguous(memory_format=torch.channels_last)
-    B, C, H, W = x.shape
-    return x.as_strided(x.shape, (C*H*W, 1, C*W, C)) if C == 1 else x
+    "An image or a volume with its channels last in memory; also a single channel, which torch leaves as it is."
+    if x.shape[1] == 1: return x.contiguous().movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 class PixelsFirst(torch.autograd.Function):
     "`(B, C, *S)` in any order of memory to a contiguous `(*S, B, C)`."

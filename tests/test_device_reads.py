@@ -276,3 +276,26 @@ def test_autotune_measures_nothing_while_a_graph_is_captured(monkeypatch):
         m.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
         assert conv.conv_method(x, w, method='autotune') == 'matmul'
     conv.autotuned.clear()
+
+
+def test_other_parameters_have_a_window_of_their_own(as_on_a_gpu):
+    "A layer that is called with another mask, as meta-learning does, reads its size first."
+    layer, x = FlexConv2d(2, 3, 33), torch.randn(1, 2, 40, 40)
+    for _ in range(4): layer(x)
+    wide = torch.full((2,), 0.4)
+    other = {k: v.detach() for k, v in layer.named_parameters()} | {'mask.sigma': wide}
+    got = torch.func.functional_call(layer, other, (x,))
+    with torch.no_grad(): layer.mask.sigma.copy_(wide)
+    torch.testing.assert_close(got, layer.to_conv()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpointed_forward_pass_is_recomputed_at_the_same_size(as_on_a_gpu):
+    layer, x = FlexConv2d(2, 2, 33), torch.randn(1, 2, 40, 40, requires_grad=True)
+    reads = []
+    update = layer.window.update
+    layer.window.update = lambda *args: (reads.append(layer.window.age), update(*args))[1]
+    for step in range(40):
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        y.square().sum().backward()                  # a CheckpointError if a shape differs
+        with torch.no_grad(): layer.mask.sigma += 0.002
+    assert len(reads) > 3 and sum(reads) <= 40       # a recomputation does not count

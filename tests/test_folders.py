@@ -1,15 +1,18 @@
 "Folders of images, their splits and records, test sets of one's own, and learners written to files."
-import json, random, shutil
+import json, random, re, shutil
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from flexconv.cli import flexconv_eval, flexconv_train
 from flexconv.data import (
-    check_record, divide, folder_record, get_dls, hold_out, label_numbers, labelled_images, open_image, record_dls)
+    check_record, common_size, divide, folder_record, get_dls, hold_out, label_numbers, labelled_images, open_image,
+    record_dls, trained_on)
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from flexconv.learner import flex_learner
+from flexconv.runs import export_weights, load_run
 from torch import nn
 
 
@@ -46,13 +49,13 @@ def relative(files, path): return [f.relative_to(path).as_posix() for f in files
 
 def test_split_does_not_depend_on_the_order_of_the_file_system(folder, monkeypatch):
     import flexconv.data as data
-    want, get = divide(folder), data.get_image_files
+    want, get = divide(folder), data.get_files
     for seed in range(5):
         def shuffled(path):
             files = list(get(path))
             random.Random(seed).shuffle(files)
             return files
-        monkeypatch.setattr(data, 'get_image_files', shuffled)
+        monkeypatch.setattr(data, 'get_files', shuffled)
         assert divide(folder) == want and [list(d) for d in divide(folder)] == [list(d) for d in want]
 
 
@@ -565,3 +568,112 @@ def test_augmented_folder(tmp_path):
     assert not torch.equal(first, second)
     assert torch.equal(dls.valid.one_batch()[0], dls.valid.one_batch()[0])
     assert dls.record['augment'] and not get_dls(data, bs=4).record['augment']
+
+
+# What a network was trained on is not what it is measured on
+
+@pytest.fixture
+def trained(folder, tmp_path):
+    "A run on the folder, 24 images to train on and 6 held out."
+    done = tmp_path/'run'
+    flexconv_train(data=str(folder), epochs=1, width=4, kernel_size=5, bs=8, size=10, device='cpu', out=str(done))
+    return done
+
+
+def evaluated(capsys, *args, **kwargs):
+    "How many items `flexconv_eval` says it counted."
+    capsys.readouterr()
+    flexconv_eval(*map(str, args), device='cpu', **{k: str(v) for k, v in kwargs.items()})
+    return int(re.search(r'on (\d+) items', capsys.readouterr().out)[1])
+
+
+def test_an_evaluation_leaves_out_what_was_trained_on(trained, folder, tmp_path, capsys):
+    copy, other = tmp_path/'copy', write(tmp_path/'other', pictures(3, 'cat', 'dog', 'emu'), size=(11, 12))
+    shutil.copytree(folder, copy)
+    export_weights(trained, tmp_path/'w.safetensors')
+    for source in trained, trained/'model.safetensors', tmp_path/'w.safetensors':
+        assert evaluated(capsys, source) == evaluated(capsys, source, data=copy) == 6
+        assert evaluated(capsys, source, data=other) == 9
+    (copy/'cat'/'1.png').rename(copy/'cat'/'one.png')
+    with pytest.raises(SystemExit): flexconv_eval(str(trained), data=str(copy), device='cpu')
+    assert 'copy is not as it was when it was split: came: cat/one.png; went: cat/1.png' in capsys.readouterr().err
+
+
+def test_only_an_evaluation_on_the_runs_own_data_draws_its_confusion(trained, folder, tmp_path):
+    other = write(tmp_path/'other', pictures(3, 'cat', 'dog', 'emu'), size=(11, 12))
+    flexconv_eval(str(trained), data=str(other), device='cpu')
+    assert not (trained/'confusion.png').exists()
+    flexconv_eval(str(trained), device='cpu')
+    assert (trained/'confusion.png').exists()
+
+
+def test_a_warm_start_on_another_split_says_so(trained, folder, tmp_path, capsys):
+    options = dict(epochs=1, width=4, kernel_size=5, bs=8, size=10, device='cpu', init=str(trained))
+    flexconv_train(data=str(folder), out=str(tmp_path/'same'), **options)
+    assert 'was trained on' not in capsys.readouterr().err
+    flexconv_train(data=str(folder), seed=1, out=str(tmp_path/'other'), **options)
+    held, known = divide(folder, seed=1)[1], divide(folder)[0]
+    assert f'was trained on {len(set(held) & set(known))} of 6 validation images' in capsys.readouterr().err
+
+
+def test_trained_on_of_data_sets_in_memory():
+    record = lambda **kw: dict(name='digits', seed=0, valid_pct=None) | kw
+    assert trained_on(record(), record(valid_pct=0.2)) == ''                              # a test set
+    assert trained_on(record(valid_pct=0.2), record(valid_pct=0.2)) == ''
+    for other in dict(seed=1), dict(valid_pct=0.1), dict(valid_pct=None):
+        assert 'give the seed and valid_pct' in trained_on(record(valid_pct=0.2), record(**dict(valid_pct=0.2) | other))
+    assert trained_on(record(valid_pct=0.2), record(name='mnist')) == ''
+
+
+@pytest.mark.parametrize('change', [dict(seed=3), dict(valid_pct=0.5), dict(max_items=90)])
+def test_a_run_does_not_go_on_with_another_split(change, tmp_path, capsys):
+    done = tmp_path/'run'
+    flexconv_train(epochs=1, width=4, valid_pct=0.2, max_items=100, device='cpu', out=str(done))
+    cfg = json.loads((done/'config.json').read_text())
+    (done/'config.json').write_text(json.dumps(cfg | change))
+    with pytest.raises(SystemExit): flexconv_train(resume=str(done), epochs=2, device='cpu')
+    assert f'written for other values of {next(iter(change))}' in capsys.readouterr().err
+
+
+def test_weights_of_a_resumed_run_say_what_they_are(tmp_path):
+    done = tmp_path/'run'
+    flexconv_train(epochs=1, width=4, max_items=64, device='cpu', out=str(done))
+    flexconv_train(resume=str(done), device='cpu')
+    assert load_run(done/'model.safetensors', 'cpu').dls.record['name'] == 'digits'
+
+
+@pytest.mark.parametrize('link,target', [('valid', 'train'), ('valid/cat', '../train/cat'),
+                                         ('valid/cat/0.png', '../../train/dog/3.png'), ('train/emu', 'cat')])
+def test_one_file_is_not_in_two_places(link, target, tmp_path):
+    path = write(tmp_path/'d', pictures(4, 'train/cat', 'train/dog') + ['valid/dog/9.png'])
+    if link == 'valid': shutil.rmtree(path/'valid')
+    (path/link).parent.mkdir(parents=True, exist_ok=True)
+    (path/link).symlink_to(target)
+    with pytest.raises(ValueError, match='holds one file as .* and as'): divide(path)
+
+
+def test_files_without_the_name_of_an_image_are_named(tmp_path):
+    path = write(tmp_path/'d', pictures(5, 'cat', 'dog'))
+    (path/'cat'/'3.png').rename(path/'cat'/'3.weird')
+    (path/'dog'/'2.png').rename(path/'dog'/'2')
+    (path/'dog'/'Thumbs.db').write_text('')
+    (path/'labels.csv').write_text('')
+    with pytest.warns(RuntimeWarning, match=r'left out, .*: cat/3.weird, dog/2$'): train, valid = divide(path)
+    assert len(train) + len(valid) == 8
+
+
+@pytest.mark.parametrize('name', ['dev', 'eval', 'unlabeled', 'Unlabelled', 'train_set', 'test-images', 'valset'])
+def test_a_folder_that_looks_like_a_split_is_no_class(name, tmp_path):
+    path = write(tmp_path/'d', pictures(3, 'cat', 'dog', name))
+    with pytest.raises(ValueError, match=f'holds {name}, which is no class .* train, training, valid'): divide(path)
+
+
+@pytest.mark.parametrize('kind', ['png', 'jpg', 'tiff', 'webp'])
+@pytest.mark.parametrize('turn', [1, 3, 6, 8])
+def test_the_size_of_a_turned_image(kind, turn, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.new('RGB', (40, 24)).save(tmp_path/f'a.{kind}', exif=exif)
+    width, height = open_image(tmp_path/f'a.{kind}').size
+    assert common_size([tmp_path/f'a.{kind}']) == (height, width)
+    assert (width, height) == ((24, 40) if turn > 4 else (40, 24))

@@ -3,6 +3,7 @@ import copy, subprocess, sys
 import pytest, torch
 from torch import nn
 from flexconv.at_times import AtTimes
+from flexconv.mask import GaussianMask
 from flexconv.layers import CKConv1d, CKConv2d, FlexConv1d, FlexConv2d, FlexConv3d
 from flexconv.registry import create_model
 from flexconv.stream import Stream
@@ -317,3 +318,19 @@ print((peak() - before)/1e6)
 '''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert float(out) < 0.4, out
+
+
+def test_hooks_on_a_mask_and_other_masks_count_at_given_times():
+    class Squared(GaussianMask):
+        def forward(self, positions, spacing=0.): return super().forward(positions, spacing)**2
+    layer, x = FlexConv1d(2, 3, 33, causal=True).eval(), torch.randn(2, 2, 40)
+    t = torch.arange(40.)
+    plain = layer(x)
+    hook = layer.mask.register_forward_hook(lambda mask, args, output: 2*output)
+    torch.testing.assert_close(layer(x, t=t), layer(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layer(x), plain)
+    hook.remove()
+    mask = Squared(1, mean=1.)
+    mask.load_state_dict(layer.mask.state_dict())
+    layer.mask = mask
+    torch.testing.assert_close(layer(x, t=t), layer(x), rtol=1e-4, atol=1e-5)

@@ -4,8 +4,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from flexconv.crop import crop_bounds
-from flexconv.kernels import kernel_networks
-from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d
+from flexconv.kernels import KernelNetwork, PointwiseLinear, kernel_networks
+from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d, FlexConv3d, refresh_sizes
+from flexconv.magnet import MAGNet
 from flexconv.testing import test_conv_layer as check_layer
 from flexconv.mask import GaussianMask
 from flexconv.plot import kernel_frame
@@ -321,3 +322,132 @@ def test_vmap_over_an_ensemble_of_masks(method, train):
         assert torch.allclose(losses[i], want, rtol=1e-4)
         sigma, = torch.autograd.grad(want, member.mask.sigma)
         assert torch.allclose(grads['mask.sigma'][i], sigma, rtol=1e-3, atol=1e-4*sigma.abs().max())
+
+
+# What is shared, kept or recomputed ------------------------------------------------------------------------------------
+
+def test_training_after_a_first_call_in_inference_mode():
+    "Positions are kept for all layers of a size: 43 positions occur in no other test."
+    layer, x = FlexConv2d(2, 3, 43), torch.randn(1, 2, 19, 19)
+    with torch.inference_mode(): want = layer.eval()(x)
+    layer.train()
+    for method in 'direct', 'fft', 'matmul', 'lowrank':
+        layer.conv_method = method
+        y = layer(x)
+        y.sum().backward()
+        assert torch.allclose(y, want, atol=1e-5) and layer.mask.sigma.grad.abs().min() > 0
+
+
+def test_a_kernel_network_may_write_to_its_positions():
+    class Scales(MAGNet):
+        def features(self, points): return super().features(points.mul_(3))
+    layer, x = FlexConv2d(2, 3, 45, kernel=Scales), torch.randn(1, 2, 19, 19)
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    assert FlexConv2d(2, 3, 45).positions().abs().max() <= 1
+
+
+def test_dropout_in_a_kernel_network_is_drawn_for_every_call():
+    class Drops(MAGNet):
+        def features(self, points): return nn.functional.dropout(super().features(points), 0.5, self.training)
+    layer, x = FlexConv2d(2, 3, 33, kernel=Drops), torch.randn(1, 2, 19, 19)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))
+        layer.eval()
+        assert torch.equal(layer(x), layer(x)) and layer.kernel_cache.entry is not None
+
+
+def test_a_changed_class_is_seen():
+    class Waves(KernelNetwork):
+        frequency = 5.
+        def __init__(self, ndim, out_channels):
+            super().__init__(ndim, out_channels, 8, 1)
+            self.linear, self.output_linear = PointwiseLinear(ndim, 8), PointwiseLinear(8, out_channels)
+        def features(self, points): return torch.sin(self.frequency*self.linear(points))
+    layer, x = FlexConv2d(2, 3, 33, kernel=Waves).eval(), torch.randn(1, 2, 19, 19)
+    with torch.no_grad():
+        first = layer(x)
+        assert layer(x) is not first and layer.kernel_cache.entry is not None
+        Waves.frequency = 1.
+        second = layer(x)
+        assert torch.allclose(second, layer.to_conv()(x), atol=1e-5) and not torch.allclose(second, first)
+        Waves.features = lambda self, points: torch.cos(self.linear(points))
+        assert torch.allclose(layer(x), layer.to_conv()(x), atol=1e-5) and not torch.allclose(second, layer(x))
+
+
+def test_a_spectral_norm_estimates_on_in_half_precision():
+    moved = {}
+    for dtype in torch.float32, torch.bfloat16:
+        torch.manual_seed(0)
+        layer = FlexConv2d(2, 3, 33, kernel='siren')
+        nn.utils.parametrizations.spectral_norm(layer.kernel_network.linear[1])
+        layer.to(dtype)
+        u = layer.kernel_network.linear[1].parametrizations.weight[0]._u
+        before = u.clone()
+        for _ in range(20): layer(torch.randn(1, 2, 9, 9, dtype=dtype))
+        moved[dtype] = (u - before).float()
+    assert torch.allclose(moved[torch.bfloat16], moved[torch.float32], atol=0.02)
+    assert moved[torch.float32].abs().max() > 0.01
+
+
+@pytest.mark.parametrize('frozen', ['mean', 'sigma'])
+def test_second_derivatives_with_a_part_of_the_mask_frozen(frozen):
+    torch.manual_seed(0)
+    layer, x = FlexConv2d(2, 2, 9, sigma=0.4).double(), torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    getattr(layer.mask, frozen).requires_grad_(False)
+    free = layer.mask.sigma if frozen == 'mean' else layer.mask.mean
+    def slope(): return torch.autograd.grad(layer(x).square().sum(), free, create_graph=True)[0]
+    second, = torch.autograd.grad(slope().sum(), free)
+    h = 1e-5
+    with torch.no_grad(): free += h
+    up = slope().detach().sum()
+    with torch.no_grad(): free -= 2*h
+    assert torch.allclose(second.sum(), (up - slope().detach().sum())/(2*h), rtol=1e-4)
+
+
+def test_a_mask_has_a_gradient_for_positions():
+    mask, points = GaussianMask(2, 0.3), torch.rand(2, 5, requires_grad=True)
+    torch.autograd.gradcheck(mask.double(), points.detach().double().requires_grad_())
+    assert torch.autograd.grad(mask.float()(points).sum(), points)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'lowrank', 'auto'])
+def test_forward_derivatives(method):
+    layer = FlexConv2d(2, 3, 33, sigma=0.3, conv_method=method).double()
+    x, tangent = torch.randn(2, 1, 2, 40, 40, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        got = torch.autograd.forward_ad.unpack_dual(y).tangent
+    conv = layer.to_conv()
+    assert torch.allclose(got, conv(tangent) - conv(torch.zeros_like(tangent)), atol=1e-10)
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'lowrank'])
+def test_second_derivatives_inside_autocast(method):
+    layer, x = FlexConv2d(2, 3, 33, conv_method=method), torch.randn(1, 2, 19, 19, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        g, = torch.autograd.grad(layer(x).float().square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+    assert layer.mask.sigma.grad.isfinite().all() and layer.mask.sigma.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize('name', ['sigma', 'mean'])
+def test_an_ensemble_of_masks_in_one_call(name):
+    "Also after sizes were read: they are those of the layer's own mask."
+    layer, x = FlexConv2d(2, 3, 33), torch.randn(1, 2, 19, 19)
+    refresh_sizes(layer)
+    own = {k: v.detach().clone() for k, v in layer.named_parameters()}
+    several = torch.tensor([[0.07, 0.07], [0.3, 0.2]])
+    call = lambda values: torch.func.functional_call(layer, own | {f'mask.{name}': values}, (x,))
+    y = torch.func.vmap(call)(several)
+    for got, values in zip(y, several):
+        with torch.no_grad(): getattr(layer.mask, name).copy_(values)
+        assert torch.allclose(got, layer.to_conv()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft', 'matmul', 'lowrank'])
+def test_volumes_keep_channels_last(method):
+    layer, x = FlexConv3d(2, 4, 9, sigma=0.4, conv_method=method), torch.randn(2, 2, 8, 9, 10)
+    want, got = layer(x), layer(x.contiguous(memory_format=torch.channels_last_3d))
+    assert got.is_contiguous(memory_format=torch.channels_last_3d) and want.is_contiguous()
+    assert torch.allclose(got, want, atol=1e-5)

@@ -1,9 +1,10 @@
 "Training: the schedule, the optimiser, resuming, and the commands on real data."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, warnings
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from flexconv.data import ImageTensors, get_dls
-from flexconv.optimizer import MaskAdam, split_masks
+from flexconv.layers import FlexConv2d
+from flexconv.optimizer import MaskAdam, mask_parameters, param_groups, split_masks
 from flexconv.learner import cosine_schedule, flex_learner, model_for
 from flexconv.callbacks import kernel_norm
 from flexconv.files import read_csv, read_weights
@@ -434,3 +435,18 @@ def test_fastais_tensorboard_callback(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=TensorBoardCallback(str(tmp_path)))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert {'train_loss', 'lr_0', 'kernel_size/stem'} <= set(events.Tags()['scalars'])
+
+
+def test_a_width_that_two_masks_share_takes_one_step():
+    net = torch.nn.Sequential(FlexConv2d(1, 2, 33), FlexConv2d(2, 2, 33))
+    net[1].mask.sigma = net[0].mask.sigma
+    assert len(mask_parameters(net)) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')               # torch warns of parameters that come twice
+        step = torch.optim.SGD(param_groups(net, lr=0.1))
+    sigma = net[0].mask.sigma
+    before = sigma.detach().clone()
+    net(torch.randn(1, 1, 9, 9)).sum().backward()
+    step.step()
+    torch.testing.assert_close(before - sigma, 0.01*sigma.grad)
+    assert [len(group) for group in split_masks(net)] == [3, len(list(net.parameters())) - 3]
