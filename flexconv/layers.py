@@ -510,12 +510,14 @@ class FlexConv(CKConv):
 
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."
-        grid, parameters = self.grid_size, (self.mask.sigma, self.mask.mean)
+        grid = self.grid_size
         whole = tuple((0, n) for n in grid)
         if tracing(): return self.window.bounds if self.window.fits(grid) else whole, False
-        if any(map(is_batched, parameters)): return whole, False
+        if any(map(is_batched, (self.mask.sigma, self.mask.mean))): return whole, False
         if not (self.training and read_blocks(self.mask.sigma.device)): return self.bounds(), True
-        if self.window.due(grid, tuple(map(id, parameters))): refresh_sizes(self)
+        # functional_call puts other tensors here; a parametrized sigma is computed anew at each use, its original stays
+        owned = (id(p) for p in (*self.mask.parameters(), *self.mask.buffers()))
+        if self.window.due(grid, tuple(owned)): refresh_sizes(self)
         return self.window.bounds, False
 
     def forward_kernel(self):
