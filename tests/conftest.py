@@ -19,13 +19,3 @@ class Golden(dict):
 def golden():
     "Loads one file of golden numbers: `golden('magnet2d')`."
     return lambda name: Golden({k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA/f'{name}.npz').items()})
-
-
-@pytest.fixture
-def close():
-    "Asserts that two tensors agree, relative to the largest value of the second: `close(ours, theirs, 1e-5)`."
-    def _close(ours, theirs, tolerance, what=''):
-        assert ours.shape == theirs.shape, f'{what}: {tuple(ours.shape)} and {tuple(theirs.shape)}'
-        gap = (ours.detach().double() - theirs.double()).abs().max()/theirs.double().abs().max().clamp(min=1e-30)
-        assert gap <= tolerance, f'{what}: differ by {gap:.2e} of the largest value, more than {tolerance:.0e}'
-    return _close

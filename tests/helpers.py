@@ -72,6 +72,13 @@ def tensors(p):
 
 # How far two results differ ------------------------------------------------------------------------------------------
 
+def close(ours, theirs, tolerance, what=''):
+    "Asserts that two tensors agree, relative to the largest value of the second: `close(ours, theirs, 1e-5)`."
+    assert ours.shape == theirs.shape, f'{what}: {tuple(ours.shape)} and {tuple(theirs.shape)}'
+    gap = (ours.detach().double() - theirs.double()).abs().max()/theirs.double().abs().max().clamp(min=1e-30)
+    assert gap <= tolerance, f'{what}: differ by {gap:.2e} of the largest value, more than {tolerance:.0e}'
+
+
 def assert_close(a, b, dtype):
     assert a.shape == b.shape and a.dtype == b.dtype == dtype
     assert (a - b).abs().max() <= TOLERANCE[dtype]*max(1, b.abs().max())

@@ -8,6 +8,7 @@ from flexconv.layers import CKConv2d, FlexConv1d, FlexConv2d
 from flexconv.official import from_official
 from flexconv.magnet import MAGNet
 from flexconv.mask import GaussianMask, cutoff_in_sigmas
+from helpers import close
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10     # relative to the largest value
 
@@ -26,7 +27,7 @@ NETWORKS = dict(magnet2d=lambda: MAGNet(2, 12), gabornet2d=lambda: GaborNet(2, 1
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_kernel_network(name, golden, close):
+def test_kernel_network(name, golden):
     g = golden(name)
     net = with_weights(NETWORKS[name](), g.state())
     for size in [k[3:] for k in g if k.startswith('pos')]:
@@ -42,7 +43,7 @@ def test_kernel_network(name, golden, close):
 # Masks ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('ndim,case', [(2, 'a'), (2, 'init'), (2, 'wide'), (1, 'init'), (1, 'wide'), (1, 'mid')])
-def test_mask(ndim, case, golden, close):
+def test_mask(ndim, case, golden):
     g = golden('masks')
     params, want = g[f'mask{ndim}d_params_{case}'], g[f'mask{ndim}d_{case}']
     mask = GaussianMask(ndim, params[:, 1].tolist(), params[:, 0].tolist())
@@ -56,7 +57,7 @@ def test_mask(ndim, case, golden, close):
 
 # Layers ---------------------------------------------------------------------------------------------------------------
 
-def check_case(layer, g, case, tolerance, close):
+def check_case(layer, g, case, tolerance):
     "Output, kernel and all gradients of one case, by both engines."
     state = g.state() | {k: g[f'{case}/{k}'] for k in ('mask_params',) if f'{case}/{k}' in g}
     for method in ('direct', 'fft'):
@@ -79,28 +80,28 @@ CASES2D = {'init0.075': 5, 's0.25': 17, 's0.4': 27, 's0.6': 33, 's1.2': 33, 'une
 
 
 @pytest.mark.parametrize('case', CASES2D)
-def test_flexconv2d(case, golden, close):
+def test_flexconv2d(case, golden):
     layer, size = FlexConv2d(3, 4, 33, threshold=1e-9 if 'nocrop' in case else 0.1), CASES2D[case]
-    check_case(layer, golden('flexconv2d'), case, FLOAT32, close)
+    check_case(layer, golden('flexconv2d'), case, FLOAT32)
     assert layer.size == (size if isinstance(size, tuple) else (size, size))
 
 
 @pytest.mark.parametrize('case', ['init0.075', 's0.25', 's0.6', 'uneq'])
-def test_flexconv2d_float64(case, golden, close):
-    check_case(FlexConv2d(3, 4, 33), golden('flexconv2d_f64'), case, FLOAT64, close)
+def test_flexconv2d_float64(case, golden):
+    check_case(FlexConv2d(3, 4, 33), golden('flexconv2d_f64'), case, FLOAT64)
 
 
-def test_ckconv2d(golden, close):
-    check_case(CKConv2d(3, 4, 33), golden('ckconv2d'), 'ck', FLOAT32, close)
+def test_ckconv2d(golden):
+    check_case(CKConv2d(3, 4, 33), golden('ckconv2d'), 'ck', FLOAT32)
 
 
 CASES1D = {'init0.075': 8, 's0.3': 32, 's0.5': 54, 's1.0': 100, 'm0.6_s0.1': 31, 'negsigma': 8}
 
 
 @pytest.mark.parametrize('case', CASES1D)
-def test_flexconv1d_causal(case, golden, close):
+def test_flexconv1d_causal(case, golden):
     layer = FlexConv1d(2, 3, 100, causal=True)
-    check_case(layer, golden('flexconv1d'), case, FLOAT32, close)
+    check_case(layer, golden('flexconv1d'), case, FLOAT32)
     assert layer.size == (CASES1D[case],)
 
 
@@ -113,7 +114,7 @@ def test_mask_beyond_the_newest_sample_keeps_one(golden):
 
 
 @pytest.mark.parametrize('length', [60, 140])
-def test_other_lengths_meet_the_same_kernel(length, golden, close):
+def test_other_lengths_meet_the_same_kernel(length, golden):
     g = golden('flexconv1d')
     layer = with_weights(FlexConv1d(2, 3, 100, causal=True), g.state() | {'mask_params': g['s0.5/mask_params']})
     close(layer.kernel(), g[f'len{length}/kernel'], FLOAT32)
@@ -130,7 +131,7 @@ def aliasing_layers(g, prefix='sd/', kernel_size=33):
 
 
 @pytest.mark.parametrize('stddevs', [1, 2])
-def test_highest_frequency(stddevs, golden, close):
+def test_highest_frequency(stddevs, golden):
     g = golden('antialiasing')
     for i, layer in enumerate(aliasing_layers(g)):
         close(highest_frequency(layer, bound='layer', stddevs=stddevs), g[f'freq/gabor/std{stddevs}/layer{i}'], FLOAT32)
@@ -141,7 +142,7 @@ def test_highest_frequency(stddevs, golden, close):
 @pytest.mark.parametrize('method', ['together', 'summed'])
 @pytest.mark.parametrize('mask', [False, True])
 @pytest.mark.parametrize('size', [17, 33, 65])
-def test_aliasing_loss(size, mask, method, stddevs, golden, close):
+def test_aliasing_loss(size, mask, method, stddevs, golden):
     g, target = golden('antialiasing'), 'gabor+mask' if mask else 'gabor'
     model = aliasing_layers(g, kernel_size=size)
     assert nyquist_frequency(size) == g[f'nyquist/{size}'].item()
@@ -187,7 +188,7 @@ def mask_params(layer): return torch.stack([layer.mask.mean, layer.mask.sigma], 
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_flexnet3(golden, close, dtype):
+def test_flexnet3(golden, dtype):
     """Logits, gradients and five steps of Adam. Rounding grows from step to step, so later numbers get more room, and
     the last are those of a run in float64, from which theirs are as far as rounding takes them."""
     g = golden('network_flexnet3')
@@ -206,7 +207,7 @@ def test_flexnet3(golden, close, dtype):
         loss = nn.functional.cross_entropy(logits, y)
         close(loss, g['losses'][step].to(loss.dtype), FLOAT32 if step == 0 else 3e-3, f'loss at step {step}')
         opt.zero_grad(); loss.backward()
-        if step == 0: check_first_gradients(net, layers, g, rename, close)
+        if step == 0: check_first_gradients(net, layers, g, rename)
         opt.step()
         ours = torch.stack([mask_params(m) for m in layers])
         assert (ours - g['mask_params_after_step'][step]).abs().max() < 3e-4*(step+1)
@@ -214,12 +215,14 @@ def test_flexnet3(golden, close, dtype):
         close(net.eval()(x), g['logits_eval_final'], 0.05 if dtype == torch.float64 else 0.08, 'logits after training')
 
 
-def check_first_gradients(net, layers, g, rename, close):
+def check_first_gradients(net, layers, g, rename):
     names = [k[len('grad/'):-len('.mask_params')] for k in g if k.startswith('grad/')]
     assert len(names) == len(layers)
+    # in float32 on AVX2, oneDNN adds up the gradient of a weight one by one: 2e-4 from ours in float64, with AVX512 less
+    tolerance = 1e-3 if next(net.parameters()).dtype == torch.float32 else 1e-4
     for name in names:
         mask = net.get_submodule(rename(name)).mask
-        close(torch.stack([mask.mean.grad, mask.sigma.grad], 1), g[f'grad/{name}.mask_params'], 1e-4, name)
+        close(torch.stack([mask.mean.grad, mask.sigma.grad], 1), g[f'grad/{name}.mask_params'], tolerance, name)
     norms = {rename(k).replace('Kernel', 'kernel_network'): v for k, v in g.state('gradnorm/').items()
              if 'mask_params' not in k}
     largest = max(norms.values())

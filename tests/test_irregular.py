@@ -7,6 +7,7 @@ from flexconv.mask import GaussianMask
 from flexconv.layers import CKConv1d, CKConv2d, FlexConv1d, FlexConv2d, FlexConv3d
 from flexconv.registry import create_model
 from flexconv.stream import Stream
+from helpers import close
 
 def perceptron(ndim, channels):
     "A kernel network of somebody else's: without two factors."
@@ -64,7 +65,7 @@ def direct_sum(layer, x, t, at=None):
 @pytest.mark.parametrize('n', [1, 9, 129])
 @pytest.mark.parametrize('cls, sigma', [(CKConv1d, None), (FlexConv1d, 0.3), (FlexConv1d, 1000.), (FlexConv1d, 0.01)])
 @pytest.mark.filterwarnings('ignore:a kernel of')
-def test_on_the_grid_it_is_the_layer(cls, sigma, n, options, close):
+def test_on_the_grid_it_is_the_layer(cls, sigma, n, options):
     "Kernels shorter and longer than the sequence, wide masks (a rectangle: all of the frame), and one that is a point."
     layer, x = make(cls, n, sigma, **options), torch.randn(3, 4, 60)
     want = layer(x)
@@ -77,7 +78,7 @@ def test_on_the_grid_it_is_the_layer(cls, sigma, n, options, close):
 
 @pytest.mark.parametrize('options', [o for o in OPTIONS if 'stride' not in o], ids=label)
 @pytest.mark.parametrize('cls', [CKConv1d, FlexConv1d])
-def test_against_a_direct_sum(cls, options, close):
+def test_against_a_direct_sum(cls, options):
     layer = make(cls, 9, **options).double()
     x, t = torch.randn(2, 4, 14).double(), torch.rand(2, 14).double()*12
     for i in range(2): close(layer(x, t=t)[i], direct_sum(layer, x[i], t[i]), 1e-9)
@@ -87,7 +88,7 @@ def test_against_a_direct_sum(cls, options, close):
 
 
 @pytest.mark.parametrize('scale', [0.5, 2.])
-def test_at_another_resolution_a_step_is_one_of_the_grid_in_use(scale, close):
+def test_at_another_resolution_a_step_is_one_of_the_grid_in_use(scale):
     layer, x = make(FlexConv1d, 33), torch.randn(2, 4, 50)
     layer.scale = scale
     close(layer(x, t=torch.arange(50)), layer(x), 1e-5)
@@ -98,7 +99,7 @@ def test_at_another_resolution_a_step_is_one_of_the_grid_in_use(scale, close):
 
 @pytest.mark.parametrize('mean', [-0.5, 0.3, 1., 1.4, 5.])
 @pytest.mark.parametrize('causal', [False, True])
-def test_masks_that_moved(mean, causal, close):
+def test_masks_that_moved(mean, causal):
     layer, x = make(FlexConv1d, 33, 0.2, causal=causal), torch.randn(2, 4, 50)
     with torch.no_grad(): layer.mask.mean.fill_(mean)
     close(layer(x, t=torch.arange(50)), layer(x), 1e-5)
@@ -124,7 +125,7 @@ def test_gradients(kernel, causal, missing):
 
 
 @pytest.mark.parametrize('causal', [False, True])
-def test_gradients_in_chunks_are_those_of_the_whole(causal, close, monkeypatch):
+def test_gradients_in_chunks_are_those_of_the_whole(causal, monkeypatch):
     import flexconv.layers as module
     layer = make(FlexConv1d, 33, causal=causal).train()
     x, t = torch.randn(2, 4, 200), torch.rand(2, 200)*150
@@ -141,7 +142,7 @@ def test_gradients_in_chunks_are_those_of_the_whole(causal, close, monkeypatch):
     for a, b in zip(*grads): close(a, b, 1e-4)
 
 
-def test_a_kernel_of_one_sample_still_learns_its_size(close):
+def test_a_kernel_of_one_sample_still_learns_its_size():
     "The gradient for sigma is that of the layer on the grid."
     with pytest.warns(UserWarning, match='single pixel'): layer = FlexConv1d(2, 2, 33, sigma=0.001)
     other, x = copy.deepcopy(layer), torch.randn(2, 2, 40)
@@ -152,7 +153,7 @@ def test_a_kernel_of_one_sample_still_learns_its_size(close):
 
 
 @pytest.mark.parametrize('causal', [False, True])
-def test_order_does_not_matter(causal, close):
+def test_order_does_not_matter(causal):
     layer, x, t = make(FlexConv1d, 33, causal=causal), torch.randn(3, 4, 40), torch.rand(3, 40)*30
     order = torch.stack([torch.randperm(40) for _ in range(3)])
     permuted = x.gather(2, order[:, None].expand(-1, 4, -1))
@@ -163,7 +164,7 @@ def test_order_does_not_matter(causal, close):
 @pytest.mark.parametrize('cls', [CKConv1d, FlexConv1d])
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('regular', [False, True])
-def test_missing_samples_are_dropped_ones_over_the_share_of_the_mask(cls, causal, regular, close):
+def test_missing_samples_are_dropped_ones_over_the_share_of_the_mask(cls, causal, regular):
     "With the weights undone by the share, computed here pair by pair. What stands in a missing place is not looked at."
     layer = make(cls, 17, causal=causal).double()
     x = torch.randn(2, 4, 40).double()
@@ -185,7 +186,7 @@ def test_missing_samples_are_dropped_ones_over_the_share_of_the_mask(cls, causal
         close(got, dropped.detach(), 1e-9)
 
 
-def test_a_constant_is_not_seen_to_have_holes(close):
+def test_a_constant_is_not_seen_to_have_holes():
     "A box for a kernel: the mean over the samples that are there, whatever their number."
     layer = CKConv1d(1, 1, 9, kernel=lambda ndim, channels: nn.Conv1d(ndim, channels, 1), bias=False)
     nn.init.zeros_(layer.kernel_network.weight); nn.init.ones_(layer.kernel_network.bias)
@@ -196,7 +197,7 @@ def test_a_constant_is_not_seen_to_have_holes(close):
         close(layer(ones.masked_fill(~present, float('nan')), present=present, **given), want, 1e-5)
 
 
-def test_pixels_may_be_missing(close):
+def test_pixels_may_be_missing():
     "On the grid in two dimensions too, with stride and groups; without any missing it is the layer."
     layer, x = FlexConv2d(2, 4, 9, sigma=0.5, stride=2, groups=2), torch.randn(2, 2, 20, 18)
     present = torch.rand(2, 20, 18) < 0.6
@@ -224,7 +225,7 @@ def test_causal_layers_do_not_look_ahead():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, close):
+def test_half_precision(dtype):
     layer, x, t = make(FlexConv1d, 33), torch.randn(2, 4, 40), torch.rand(40)*30
     want = layer(x, t=t)
     with torch.autocast('cpu', dtype=dtype): assert layer(x, t=t).dtype == dtype
@@ -261,7 +262,7 @@ def test_images_and_volumes_have_no_times(layer, shape):
 
 
 @pytest.mark.parametrize('name', ['flextcn2', 'cktcn', 'cktcn_magnet'])
-def test_a_network_at_times(name, close):
+def test_a_network_at_times(name):
     "On the grid it is the network; its weights learn; samples that are missing are not looked at."
     torch.manual_seed(0)
     net = create_model(name, in_channels=2, kernel_size=60, width=8, **(dict(sigma=0.2) if 'flex' in name else {}))
@@ -285,7 +286,7 @@ def test_a_network_that_fails_at_times_keeps_no_arguments():
 
 @pytest.mark.parametrize('shared', [True, False])
 @pytest.mark.parametrize('name', ['flextcn2', 'cktcn_magnet'])
-def test_a_stream_at_times_gives_what_the_whole_sequence_gives(name, shared, close):
+def test_a_stream_at_times_gives_what_the_whole_sequence_gives(name, shared):
     torch.manual_seed(0)
     options = dict(sigma=0.2) if 'flex' in name else {}
     net = create_model(name, in_channels=2, kernel_size=40, width=6, **options).eval()

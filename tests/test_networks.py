@@ -13,6 +13,7 @@ from flexconv.registry import Classifier, create_model, list_models, model_regis
 from flexconv.runs import load_run
 from flexconv.successors import SMPConv2d
 from flexconv.testing import test_conv_layer
+from helpers import close
 
 
 def small(name, **options):
@@ -143,7 +144,7 @@ def test_sequences_are_causal(name, channels):
 
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('groups', [1, 2])
-def test_smpconv_is_its_whole_kernel(shared, groups, close):
+def test_smpconv_is_its_whole_kernel(shared, groups):
     "Output and gradients of the cropped kernel are those of a sum over points on the whole grid."
     torch.manual_seed(0)
     layer = SMPConv2d(4, 6, 17, groups=groups, spread=0.2, shared=shared).double()
