@@ -420,7 +420,7 @@ def flexconv_train(
     width:int=None,             # Base width of the network (default: the paper's)
     dropout:float=None,         # Dropout (default: the paper's)
     kernel_size:int=None,       # Largest kernel size (default: image size + 1, or length of the sequences)
-    sigma:float=None,           # Initial width of masks (default: 5 pixels, sequences 0.2 to 0.6); N-Jet layers: in pixels
+    sigma:float=None,           # Initial width of masks (default: 5 pixels; sequences 0.2 to 0.6); N-Jet: pixels
     input_scale:float=None,     # Scale of the initial frequencies of the kernels (default: the paper's 25.6)
     kernel:str=None,            # Kernel network: magnet, gabor, fourier, siren, mlp (default: the model's)
     conv_method:str=None,       # auto, direct, fft, matmul, lowrank or autotune (default: auto)

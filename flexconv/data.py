@@ -795,6 +795,8 @@ def divide(path,              # a folder of images
         held = set(held)
         train, valid = ({f: c for f, c in train.items() if (f in held) == part} for part in (False, True))
     require_different_files(path, train, valid)
+    if unseen := sorted(set(train.values()) - set(valid.values())):
+        warnings.warn(f'{path} has no images for validation of {_some(unseen)}', RuntimeWarning, stacklevel=2)
     return train, valid
 
 # %% ../nbs/41_data.ipynb #e099491d
@@ -917,7 +919,8 @@ def trained_on(record,     # of the data that are validated on
         both = [f for f, size in valid.items() if train.get(f) == size]
         return f'{len(both):,} of {len(valid):,} validation images: {_some(both)}' if both else ''
     settings = 'seed', 'valid_pct'
-    if 'files' in record or 'files' in trained or record['name'] != trained['name'] or record['valid_pct'] is None: return ''
+    in_files = 'files' in record or 'files' in trained
+    if in_files or record['name'] != trained['name'] or record['valid_pct'] is None: return ''
     same = all(record[name] == trained[name] for name in settings)
     return '' if same else (f'validation images of {record["name"]}, which are a part of its training set: '
                             'give the seed and valid_pct of that training')

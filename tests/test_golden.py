@@ -218,7 +218,7 @@ def test_flexnet3(golden, dtype):
 def check_first_gradients(net, layers, g, rename):
     names = [k[len('grad/'):-len('.mask_params')] for k in g if k.startswith('grad/')]
     assert len(names) == len(layers)
-    # in float32 on AVX2, oneDNN adds up the gradient of a weight one by one: 2e-4 from ours in float64, with AVX512 less
+    # in float32 on AVX2, oneDNN adds up the gradient of a weight one by one: 2e-4 from float64, with AVX512 less
     tolerance = 1e-3 if next(net.parameters()).dtype == torch.float32 else 1e-4
     for name in names:
         mask = net.get_submodule(rename(name)).mask

@@ -324,7 +324,7 @@ def test_vmap_over_an_ensemble_of_masks(method, train):
         assert torch.allclose(grads['mask.sigma'][i], sigma, rtol=1e-3, atol=1e-4*sigma.abs().max())
 
 
-# What is shared, kept or recomputed ------------------------------------------------------------------------------------
+# What is shared, kept or recomputed ----------------------------------------------------------------------------------
 
 def test_training_after_a_first_call_in_inference_mode():
     "Positions are kept for all layers of a size: 43 positions occur in no other test."
