@@ -62,6 +62,10 @@ class SMPKernel(KernelNetwork):
         low, high = (self.radius.new_tensor(v) for v in (1e-4, 1.))
         return clamp_straight_through(self.radius, low, high)
 
+    def size_parameters(self):
+        "What learns at the rate of masks: the radii, as in the authors' training."
+        return [self.radius]
+
     def features(self, points):
         return mean_of_overlapping(triangles(points, self.places, self.radii()))
 
