@@ -6,8 +6,10 @@
 __all__ = ['dls_at', 'image_size', 'resolution_table', 'ProgressiveResize']
 
 # %% ../nbs/48_at_resolution.ipynb #57387bdb
+import copy
 from contextlib import contextmanager
 from fastcore.basics import patch
+from functools import partial
 from itertools import islice
 import torch
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from torch.optim.swa_utils import update_bn as estimate_statistics
 
 # %% ../nbs/48_at_resolution.ipynb #93643e2d
 from .data import ToFloat, ToSequence    # first: it keeps fastai's import quiet
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 
 # %% ../nbs/48_at_resolution.ipynb #41c27c51
@@ -41,8 +43,12 @@ def dls_at(dls,     # fastai `DataLoaders` of `get_dls`, of images in memory
     def at(dl):
         tfms = [resized(t, size) for t in dl.after_batch.fs]
         if not any(isinstance(t, ToFloat) for t in tfms) or any(isinstance(t, ToSequence) for t in tfms):
-            raise ValueError('dls must be of images, made by get_dls from a data set by name')
-        return dl.new(after_batch=tfms)
+            raise ValueError('dls must be of images, made by get_dls from a data set by name; '
+                             'a folder of images, or sequences, are read at one size')
+        dataset = copy.copy(dl.dataset)
+        shape = [dataset.record['channels'], size, size]
+        dataset.record = dataset.record | dict(resize=size, size=[size, size], input_shape=shape)
+        return dl.new(dataset, after_batch=tfms)
     new = type(dls)(*map(at, dls.loaders), device=dls.device)
     if hasattr(dls, 'name'): new.name = dls.name
     return new
@@ -117,13 +123,15 @@ def resolution_table(learn,          # a `Learner` of images in memory
 
 # %% ../nbs/48_at_resolution.ipynb #09dba94d
 def resize_images(x,       # (B, C, H, W)
-                  size):   # height and width, in pixels
+                  size):   # width, in pixels; the height keeps its proportion
     "Images at another size, bilinearly and with antialiasing."
-    return F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False)
+    height = max(1, round(size*x.shape[2]/x.shape[3]))
+    return F.interpolate(x, (height, size), mode='bilinear', antialias=True, align_corners=False)
 
 # %% ../nbs/48_at_resolution.ipynb #a0fc3e15
 class ProgressiveResize(Callback):
-    "Trains the first epochs on smaller images; whatever follows is at full size."
+    """Trains the first epochs on smaller images, and validates them so; what follows is at full size, and so is
+    whatever is done with the Learner outside of a training."""
     order = -3                 # before DevicePrecision, which chooses the memory format
     def __init__(self,
                  stages):      # pairs (size in pixels, epochs), in order
@@ -131,17 +139,35 @@ class ProgressiveResize(Callback):
         self.stages = [(check_int(size, 'size', minimum=2), check_int(epochs, 'epochs')) for size, epochs in stages]
 
     def size_at(self, epoch):
-        "Pixels along each side in an epoch, or None for full size."
+        "Width in pixels in an epoch of training, or None for full size."
         for size, epochs in self.stages:
             if epoch < epochs: return size
             epoch -= epochs
 
-    def before_fit(self): self.full_scale = current_scale(bare_model(self.model))
+    def before_fit(self):                                      # of `validate` and `get_preds` as well
+        self.full_scale, self.trains = current_scale(bare_model(self.model)), False
+        self.learn._do_epoch = partial(self.do_epoch, self.learn)
+
+    def do_epoch(self, learn):
+        "An epoch of fastai's; whatever interrupts the training leaves the model at full size."
+        try: type(learn)._do_epoch(learn)
+        except CancelEpochException: raise
+        except BaseException:
+            self.finish(learn)
+            raise
+
+    def before_train(self): self.trains = True
     def before_batch(self):
+        if not self.trains: return
+        if self.x.ndim != 4: raise ValueError(f'ProgressiveResize takes images (B, C, H, W); got {tuple(self.x.shape)}')
         size, full = self.size_at(self.epoch), self.x.shape[-1]
         scale = self.full_scale*(size or full)/full
         if scale != current_scale(bare_model(self.model)): rescale(bare_model(self.model), scale)
         if size: self.learn.xb = (resize_images(self.x, size),)
 
-    def after_fit(self): rescale(bare_model(self.model), self.full_scale)
-    after_cancel_fit = after_fit
+    def finish(self, learn):
+        "Leave the model at full size, and the Learner as it was."
+        rescale(bare_model(learn.model), self.full_scale)
+        vars(learn).pop('_do_epoch', None)
+
+    def after_fit(self): self.finish(self.learn)

@@ -43,7 +43,7 @@ from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from .core import check_choice, check_int, keep_freed_memory
 from .aliasing import aliasing_loss
 from .layers import conv_layers, kernel_sizes
-from .registry import list_models, load_pretrained
+from .registry import list_models, load_pretrained, model_registry
 from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
 from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, read_json, size_text
 from .optimizer import MaskAdam
@@ -52,7 +52,7 @@ from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
 from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table
-from .resolution import set_resolution
+from .resolution import current_scale, set_resolution
 from .export import export_onnx, export_program
 from .hub import save_hub
 from .plot import show_kernel_sizes, show_kernels
@@ -256,6 +256,8 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
     if cfg['aliasing']: cbs.append(AliasingLoss(cfg['aliasing']))
     if cfg['kernel_norm']: cbs.append(KernelNorm(cfg['kernel_norm']))
     if cfg['progressive']: cbs.append(ProgressiveResize(parse_stages(cfg['progressive'])))
+    if cfg['progressive'] and len(dls.record['input_shape']) == 2:
+        raise ValueError(f'progressive is for images; {cfg["data"]} has sequences')
     try: model = model_for(dls, cfg['model'], **options)
     except TypeError as e:
         raise ValueError(f'model {cfg["model"]} does not take all of {", ".join(options)}: {e}') from None
@@ -270,14 +272,30 @@ def make_learner(cfg,       # dict: data, path, model, bs, lr, size, ...
         dls_at(learn.dls, cfg['target'] or cfg['test_sizes'][0])       # a ValueError now
     return learn
 
-def warm_start(learn, source):
-    "Trained weights, of a run or of `list_models(pretrained=True)`, for a Learner; other classes get a new head."
+def same_kernels(cfg, dls, trained):
+    """A configuration whose kernels are those of a trained network, seen in these data: on the same grid, and at the
+    scale of the images. A ValueError where another grid is asked for."""
+    grid = getattr(trained.model, 'config', {}).get('kernel_size')
+    if not isinstance(grid, int) or not model_registry[cfg['model']].takes('kernel_size'): return cfg
+    if cfg['kernel_size'] not in (None, grid):
+        raise ValueError(f'kernel_size must be that of {cfg["init"]}, {grid}, or not given; got {cfg["kernel_size"]}')
+    (*_, old), (*_, new) = trained.dls.record['input_shape'], dls.record['input_shape']
+    finer = new/old if len(dls.record['input_shape']) == 3 else 1               # longer sequences are not finer ones
+    return cfg | dict(kernel_size=grid, scale=current_scale(trained.model)*finer)
+
+def warm_start(cfg, learn, device):
+    """The Learner of a configuration with `init`, trained weights of a run or of `list_models(pretrained=True)`, and
+    the configuration with the kernels that they need. Other classes get a new head."""
+    source = cfg['init']
     trained = load_run(source, 'cpu')
+    wanted = same_kernels(cfg, learn.dls, trained)
+    if wanted != cfg: learn = make_learner(wanted, device)
     known = read_json(Path(source)/'data.json', set()) if Path(source).is_dir() else trained.dls.record
     if seen := trained_on(learn.dls.record, known):
         warnings.warn(f'{source} was trained on {seen}. Accuracy says little then', RuntimeWarning)
     same = list(trained.dls.vocab) == list(learn.dls.vocab)
     load_pretrained(learn.model, trained.model.state_dict(), new_head=not same)
+    return wanted, learn
 
 # %% ../nbs/61_cli.ipynb #5052e6e4
 def run_facts(learn):
@@ -383,8 +401,9 @@ def train_at_target(learn, cfg, folder, resume):
     "Fine-tune at the target resolution, as a run of its own in a folder of the first."
     layers, size = list(conv_layers(learn.model).values()), image_size(learn.dls)
     sub = cfg | dict(size=cfg['target'], scale=cfg['scale']*cfg['target']/size, epochs=cfg['target_epochs'],
-                     target=None, target_epochs=None, warmup_epochs=None, source='..')
+                     target=None, target_epochs=None, warmup_epochs=None, progressive=None, source='..')
     if layers: sub['kernel_size'] = layers[0].kernel_size[0]
+    learn.remove_cb(ProgressiveResize)
     move_to(learn, cfg['target'])
     folder = folder/f'at-{cfg["target"]}'
     folder.mkdir(exist_ok=True)
@@ -456,7 +475,8 @@ def flexconv_train(
     use_this_device(device)
     keep_freed_memory()
     learn = make_learner(cfg, device)                   # most mistakes show before there is a folder
-    if cfg['init'] and resume is None: warm_start(learn, cfg['init'])
+    begins = resume is None or not has_checkpoint(Path(resume))
+    if cfg['init'] and begins: cfg, learn = warm_start(cfg, learn, device)
     name = f'{Path(cfg["data"]).name}-{cfg["model"]}-seed{cfg["seed"]}'
     folder = broadcast_from_rank0(lambda: new_folder(out, name)) if resume is None else Path(resume)
     started = time.perf_counter()

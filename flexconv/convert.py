@@ -21,11 +21,11 @@ def padding_for(conv,          # an `nn.Conv2d`
                 grid_size,     # height and width of the grid of its replacement
                ):
     "The `padding` with which a kernel as large as the grid gives outputs of the size that `conv` gives."
-    if isinstance(conv.padding, str): return conv.padding
-    padding = []
+    if conv.padding == 'same': return 'same'
+    before, padding = (0, 0) if conv.padding == 'valid' else conv.padding, []
     for axis in range(2):
         growth = grid_size[axis] - conv.kernel_size[axis]
-        padding.append(conv.padding[axis] + conv.dilation[axis]*growth//2)
+        padding.append(before[axis] + conv.dilation[axis]*growth//2)
     return tuple(padding)
 
 # %% ../nbs/34_convert.ipynb #06c52309
@@ -137,13 +137,26 @@ def descend(loss, parameters, steps, lr):
         for p, b in zip(parameters, best): p.copy_(b)
 
 # %% ../nbs/34_convert.ipynb #a9b2dae9
+def keep_hooks(old, new):
+    "Forward and backward hooks of a module for the one in its place, but for those by which torch makes weights."
+    for name in ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks'):
+        for key, hook in vars(old)[name].items():
+            if type(hook).__module__.startswith('torch.nn.utils.'): continue       # weight norm, spectral norm, pruning
+            vars(new)[name][key] = hook
+            for also in (f'{name}_with_kwargs', f'{name}_always_called'):
+                if key in vars(old).get(also, {}): vars(new)[also][key] = vars(old)[also][key]
+    new._is_full_backward_hook = old._is_full_backward_hook
+
 def replace_modules(model,     # changed in place
                     new,       # function `(name, module)`, called once for every module: its replacement, or None
                    ):
-    "The names of the modules that were replaced; a module that is used twice has two."
+    """The names of the modules that were replaced; a module that is used twice has two. Forward and backward hooks
+    stay with the place."""
     replacements, names = {}, []
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module not in replacements: replacements[module] = new(name, module)
+        if module not in replacements:
+            replacements[module] = new(name, module)
+            if replacements[module] is not None: keep_hooks(module, replacements[module])
         if replacements[module] is None: continue
         model.set_submodule(name, replacements[module])
         names.append(name)
@@ -162,6 +175,7 @@ def is_spatial_conv(name, module):
 def looks_trained(model):
     "True if the normalisation or the convolutions of a network hold numbers that no initialisation gives."
     for m in model.modules():
+        if any(t.is_meta for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))): continue
         if getattr(m, 'num_batches_tracked', None) is not None and m.num_batches_tracked > 0: return True
         is_norm = isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
         if is_norm and m.weight is not None and (m.weight != m.weight.flatten()[0]).any(): return True
@@ -178,10 +192,11 @@ def convert(model,             # a network, or an `nn.Conv2d`
             verbose=True,      # True: print how many layers were converted, and what that does to the parameters
             **options):        # further arguments of every `FlexConv2d`
     """A copy of `model` with `FlexConv2d` layers of the same shape in the place of its spatial `nn.Conv2d` layers.
+    Layers that share a weight share a kernel network and a mask; with `fit`, those that were frozen stay so.
     Raises ValueError where there are none; warns where kernels that were trained are lost."""
     steps = check_int(300 if fit is True else fit, 'fit') if fit is not False else 0
     wrapped = nn.Sequential(copy.deepcopy(model))              # so that a model that is a layer can be replaced too
-    pairs = []
+    pairs, frozen = {}, []                                     # weight -> (layer, weight)
     def new(name, module):
         name = name.removeprefix('0').removeprefix('.')        # as the module is called in `model`
         if select is None: chosen = is_spatial_conv(name, module)
@@ -189,15 +204,19 @@ def convert(model,             # a network, or an `nn.Conv2d`
         if not chosen: return None
         try: layer = as_flexconv(module, kernel_size, **options)
         except ValueError as e: raise ValueError(f'{name}: {e}' if name else str(e)) from None
-        pairs.append((layer, module.weight))
+        first, _ = pairs.setdefault(module.weight, (layer, module.weight))
+        if first is not layer: layer.kernel_network, layer.mask = first.kernel_network, first.mask
+        if fit is not False and not module.weight.requires_grad: frozen.extend([layer.kernel_network, layer.mask])
+        if module.bias is not None: layer.bias.requires_grad_(module.bias.requires_grad)
         return layer
     if not replace_modules(wrapped, new):
         found = f'{type(model).__name__} has none' + (' that select chose' if select else '')
         raise ValueError(f'model must contain an nn.Conv2d that can be replaced; {found}')
-    if fit is not False: fit_all(pairs, steps, verbose)
+    if fit is not False: fit_all(list(pairs.values()), steps, verbose)
     elif looks_trained(model):
         warnings.warn('model looks trained, and the kernels that it learned are lost; '
                       'convert(model, fit=True) fits the new kernels to them', stacklevel=2)
+    for part in frozen: part.requires_grad_(False)
     if verbose: print(growth(model, wrapped[0]))
     return wrapped[0]
 

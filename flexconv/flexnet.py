@@ -19,6 +19,7 @@ class Dropout(nn.Dropout):
     """`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere, and in a compiled
     program, which draws its own, `nn.Dropout`. Takes the arguments of `nn.Dropout`."""
     def forward(self, x):
+        if isinstance(x, torch.fx.Proxy): return super().forward(x)
         step = round(self.p*2**16)                                         # of 65,536
         elsewhere = x.device.type != 'cpu' or torch.compiler.is_compiling()
         if elsewhere or not self.training or step in (0, 2**16): return super().forward(x)

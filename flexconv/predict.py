@@ -48,6 +48,7 @@ def read_array(path, record):
         one = lambda name: torch.tensor(record[name]).repeat_interleave(shape[0]//len(record[name]))
         mean, std = (one(name).view(-1, *(1,)*(x.ndim - 1)) for name in ('mean', 'std'))
         x = (x.float()/255 - mean)/std
+    if not x.isfinite().all(): raise ValueError(f'{path} must be finite; it has NaN or infinite values')
     if not x.is_floating_point(): raise ValueError(f'{path} must be of 8-bit integers or floats; got {values.dtype}')
     return x.float()[None]
 

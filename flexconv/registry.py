@@ -6,6 +6,7 @@
 __all__ = ['register_model', 'list_models', 'create_model', 'Classifier', 'FeatureMaps']
 
 # %% ../nbs/31_registry.ipynb #c8294ccf
+import hashlib
 import inspect
 import json
 from fnmatch import fnmatch
@@ -13,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
+import torch.fx
 from torch import nn
 from . import files
-from .core import check_choice, check_int, check_number
+from .core import check_choice, check_dtype, check_int, check_number
 from .files import bare_names, read_weights, state_dict_mismatch
 
 # %% ../nbs/31_registry.ipynb #dc721ec1
@@ -74,7 +76,13 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
         raise ValueError(f'pretrained must be weights of {name}; got those of {about["model"]}')
     known = about.get('num_classes', 10)
     channels = about.get('in_channels', 3) if in_channels is None else in_channels
-    options = about.get('options', {}) | options
+    trained, place = about.get('options', {}), {k: options.pop(k) for k in ('device', 'dtype') if k in options}
+    grids = [given.get('kernel_size') for given in (trained, options)]
+    if None not in grids and grids[0] != grids[1]:
+        raise ValueError(f'kernel_size must be that of the trained weights, {grids[0]}; got {grids[1]}. '
+                         'For images of another resolution there is set_resolution')
+    check_dtype(place.get('dtype'))
+    options = trained | options
     model = make(channels, num_classes or known, **options)
     model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
     if weights is not None:
@@ -83,7 +91,7 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
             if hasattr(m, 'cell_volume'): m.scale = about.get('scale', 1.)
         model.pretrained_cfg = about
     if num_classes == 0: as_classifier(model, 'num_classes=0').reset_classifier(0)
-    return model
+    return model.to(**place) if place else model
 
 # %% ../nbs/31_registry.ipynb #da4841bc
 def create_model(name,                   # see `list_models`; 'flexnet7.cifar10' means pretrained='cifar10'
@@ -95,7 +103,9 @@ def create_model(name,                   # see `list_models`; 'flexnet7.cifar10'
                  **kwargs):              # further arguments of the network and its convolutions
     """A network by name, untrained or trained; what it was made from is in its `config`. Raises ValueError for a name
     that nobody registered and for weights that do not fit, TypeError for an argument it does not take."""
-    if isinstance(name, str) and '.' in name and pretrained is None: name, _, pretrained = name.partition('.')
+    if isinstance(name, str) and '.' in name and pretrained in (None, True, False):
+        name, _, tag = name.partition('.')
+        if pretrained is not False: pretrained = tag
     check_choice(name, model_registry, 'name')
     found = None, {}
     if pretrained not in (None, False): found = read_weights(find_weights(name, pretrained))
@@ -133,6 +143,7 @@ class Classifier(nn.Module):
 
     def pool(self, x):
         "A feature map `(B, num_features, *S)` as one vector for each item, `(B, num_features)`: the mean."
+        if isinstance(x, torch.fx.Proxy): return x.flatten(2).mean(2)         # its number of axes is not known
         return x.mean(dim=tuple(range(2, x.ndim)))
 
     def forward_features(self, x):
@@ -147,20 +158,23 @@ class Classifier(nn.Module):
 
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(self, x):
-        "The outputs of all blocks, a list."
+    def forward_intermediates(self, x,
+                              indices=None):    # of the blocks that are wanted, ints; by default all
+        "The outputs of blocks, a list."
         x, maps = self.stem_features(x), []
         for block in self.blocks:
             x = block(x)
             maps.append(x)
-        return maps
+        return maps if indices is None else [maps[i] for i in indices]
 
     def get_classifier(self):
         "The layer that gives the scores."
         return getattr(self, self.head_name)
 
-    def reset_classifier(self, num_classes):    # of the new head; 0: none, scores are the pooled features
+    def reset_classifier(self, num_classes,      # of the new head; 0: none, scores are the pooled features
+                         global_pool='avg'):     # timm's word for how maps become vectors; we have the mean alone
         "A new, untrained head."
+        if global_pool is not None: check_choice(global_pool, ('avg',), 'global_pool')
         num_classes = check_int(num_classes, 'num_classes', minimum=0)
         like = next(self.parameters())
         head = self.new_head(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
@@ -190,6 +204,8 @@ class FeatureMaps(nn.Module):
         model.reset_classifier(0)
         known = range(len(model.feature_info))
         if out_indices is None: out_indices = known
+        if not isinstance(out_indices, (list, tuple, range)):
+            raise ValueError(f'out_indices must be a list or tuple of ints; got {out_indices!r}')
         for i in out_indices:
             if not (isinstance(i, int) and -len(known) <= i < len(known)):
                 allowed = f'{-len(known)} to {len(known) - 1}'
@@ -227,7 +243,8 @@ def find_weights(model,      # name of a model
 
 def download_weights(url):
     "The file at a URL, downloaded into the cache of `torch.hub` unless it is there."
-    path = Path(torch.hub.get_dir())/'checkpoints'/Path(url).name
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]           # other files may have this name
+    path = Path(torch.hub.get_dir())/'checkpoints'/f'{digest}-{Path(url).name}'
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists(): torch.hub.download_url_to_file(url, str(path))
     return path

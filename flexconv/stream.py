@@ -13,7 +13,8 @@ from torch import nn
 from .at_times import check_layers
 from .irregular import check_times
 from .layers import CausalConv1d, CKConv
-from .export import bake
+from .convert import keep_hooks
+from .export import bake, check_forward
 
 # %% ../nbs/36_stream.ipynb #142bca7e
 class StreamingConv1d(CausalConv1d):
@@ -35,7 +36,7 @@ class StreamingConv1d(CausalConv1d):
         span = self.dilation[0]*(self.kernel_size[0]-1)
         past = x.new_zeros(*x.shape[:2], span) if self.past is None else self.past
         x = torch.cat([past, x], -1)                            # (B, C, span + L)
-        self.past = x[..., x.shape[-1]-span:].detach()          # (B, C, span)
+        self.past = x[..., x.shape[-1]-span:].detach().clone()  # (B, C, span), without the chunk that it is a view of
         return F.conv1d(x, self.weight, self.bias, dilation=self.dilation, groups=self.groups)
 
 # %% ../nbs/36_stream.ipynb #5b37e02d
@@ -62,7 +63,7 @@ class TimedConv1d(nn.Module):
         y = self.layer.convolve_at(x, t[0] if len(t) == 1 else t, at=new[0] if len(new) == 1 else new)
         forgotten = t < t[:, -1:] + self.layer.reach()[0]
         first = int(forgotten.sum(1).amin())                    # times rise: these come first
-        self.past = x[..., first:].detach(), t[:, first:]
+        self.past = x[..., first:].detach().clone(), t[:, first:].clone()
         return y
 
 # %% ../nbs/36_stream.ipynb #81c94911
@@ -70,12 +71,14 @@ def streaming(model):    # a causal network, baked or not
     "A baked copy of `model` whose causal convolutions remember the past. Raises ValueError where that is impossible."
     wrapped = nn.Sequential(bake(model))                        # so that a model that is a layer can be replaced too
     causal = 0
-    for name, module in list(wrapped.named_modules()):
+    for name, module in list(wrapped.named_modules(remove_duplicate=False)):        # each use has a past of its own
         place = f'{name.removeprefix("0").removeprefix(".")} is {module}'.removeprefix(' is ')
         if isinstance(module, CausalConv1d):
             if module.stride != (1,) or module.padding_mode != 'zeros':
                 raise ValueError(f'model must have causal convolutions of stride 1 with zero padding; {place}')
-            wrapped.set_submodule(name, StreamingConv1d.of(module))
+            new = StreamingConv1d.of(module)
+            keep_hooks(module, new)
+            wrapped.set_submodule(name, new)
             causal += 1
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and any(k > 1 for k in module.kernel_size):
             raise ValueError(f'model must have causal convolutions only; {place}')
@@ -87,10 +90,13 @@ def streaming_at_times(model):    # a causal network
     "A copy of `model` in eval mode whose continuous layers remember the past. A ValueError where that is impossible."
     wrapped = nn.Sequential(copy.deepcopy(model).eval())
     layers = check_layers(wrapped)
-    for name, module in list(wrapped.named_modules()):
+    for name, module in list(wrapped.named_modules(remove_duplicate=False)):        # each use has a past of its own
         if module not in layers: continue
         if not module.causal: raise ValueError(f'model must have causal convolutions only; it has {module}')
-        wrapped.set_submodule(name, TimedConv1d(module))
+        check_forward(name.removeprefix('0').removeprefix('.'), module)
+        new = TimedConv1d(module)
+        keep_hooks(module, new)
+        wrapped.set_submodule(name, new)
     return wrapped[0]
 
 # %% ../nbs/36_stream.ipynb #7e4754c7
@@ -188,7 +194,9 @@ class Stream:
         "The times of a chunk, `(1 or B, L)`; a ValueError where they do not rise from those of the chunk before."
         if not self.times: raise ValueError('t is for streams made with times=True')
         t = check_times(t, len(chunk), chunk.shape[-1], 't')
-        rising = t if self.last is None else torch.cat([self.last.expand(len(t), -1), t], 1)
+        before = t[:, :0] if self.last is None else self.last
+        rows = max(len(before), len(t))
+        rising = torch.cat([before.expand(rows, -1), t.expand(rows, -1)], 1)
         if (rising.diff() < 0).any(): raise ValueError('t must rise, also from one chunk to the next; it falls')
         return t
 
@@ -199,6 +207,10 @@ class Stream:
         "What the network gives for these samples."
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
+        if self.times and t is None:
+            start = 0. if self.last is None else self.last + 1
+            if self.last is not None and len(self.last) == 1: start = start[0]
+            t = start + torch.arange(chunk.shape[-1], device=chunk.device, dtype=chunk.dtype)
         if t is not None: t = self.check_times(chunk, t)
         for module in self.model.modules():
             if isinstance(module, TimedConv1d): module.now = t

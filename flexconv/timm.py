@@ -18,7 +18,7 @@ except ImportError: raise ImportError('flexconv.timm needs timm (pip install tim
                                       'without it, use flexconv.create_model') from None
 
 # %% ../nbs/39_timm.ipynb #9d6f5fdf
-unused = 'pretrained_cfg_overlay', 'cache_dir'      # what timm passes to every model
+unused = 'cache_dir',      # what timm passes to every model
 
 def to_our_words(kwargs):
     "Arguments of `create_model` from those of timm."
@@ -37,9 +37,11 @@ def timm_config(about):
 # %% ../nbs/39_timm.ipynb #4ac2e810
 def entry_point(name):
     "The function by which timm makes a model of this name."
-    def make(pretrained=False, pretrained_cfg=None, **kwargs):
-        tag = getattr(pretrained_cfg, 'tag', pretrained_cfg)
-        model = create_model(name, pretrained=(tag or True) if pretrained else None, **to_our_words(kwargs))
+    def make(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
+        source = None if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, 'tag', pretrained_cfg)
+        for given in pretrained_cfg, pretrained_cfg_overlay:                    # weights of one's own
+            if isinstance(given, dict): source = given.get('file') or given.get('url') or source
+        model = create_model(name, pretrained=(source or True) if pretrained else None, **to_our_words(kwargs))
         inner = getattr(model, 'model', model)                    # of `FeatureMaps`
         inner.pretrained_cfg = getattr(inner, 'pretrained_cfg', {}) | timm_config(getattr(inner, 'pretrained_cfg', {}))
         return model

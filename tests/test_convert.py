@@ -133,3 +133,54 @@ def test_timm(name):
     assert any(isinstance(m, FlexConv2d) for m in new.modules())
     want = new(x).detach()
     assert (bake(new)(x) - want).abs().max() <= 1e-4*want.abs().max()
+
+
+def test_padding_in_words():
+    x = torch.randn(2, 4, 12, 12)
+    for padding in 'same', 'valid':
+        conv = nn.Conv2d(4, 6, 3, padding=padding)
+        assert torch.allclose(convert(conv, 9, fit=True, verbose=False)(x), conv(x), atol=1e-5)
+
+
+def test_shared_weights_stay_shared_and_frozen_ones_frozen():
+    a, b, c = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    b.weight = a.weight
+    model, x = nn.Sequential(a, b, c), torch.randn(2, 4, 8, 8)
+    a.weight.requires_grad_(False)
+    c.bias.requires_grad_(False)
+    new = convert(model, 9, fit=True, verbose=False)
+    assert new[0].mask is new[1].mask and new[0].kernel_network is new[1].kernel_network is not new[2].kernel_network
+    assert torch.allclose(new(x), model(x), atol=1e-4)
+    trained = {name for name, p in new.named_parameters() if p.requires_grad}
+    assert {'0.bias', '1.bias', '2.mask.sigma'} <= trained and not any('0.mask' in name for name in trained)
+    assert '2.bias' not in trained
+    # kernels that are new are to be learned
+    assert all(p.requires_grad for p in convert(model, 9, verbose=False)[0].parameters())
+
+
+def test_hooks_stay_in_their_place():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    conv.register_forward_pre_hook(lambda module, args: (2*args[0],))
+    conv.register_forward_hook(lambda module, args, kwargs, output: output + 1, with_kwargs=True)
+    x = torch.randn(2, 4, 8, 8)
+    new = convert(conv, 9, fit=True, verbose=False)
+    for net in new, bake(new), bake(nn.Sequential(new)):
+        assert torch.allclose(net(x), conv(x), atol=1e-4)
+
+
+def test_convolutions_without_values_are_converted():
+    with torch.device('meta'): model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+    new = convert(model, 9, verbose=False)
+    assert all(p.is_meta for p in new.parameters())
+    assert new(torch.empty(1, 3, 8, 8, device='meta')).shape == (1, 4, 8, 8)
+
+
+def test_a_forward_of_ones_own_needs_a_to_conv_of_ones_own():
+    class Rectified(FlexConv2d):
+        def forward(self, x): return super().forward(x).relu()
+    class Complete(Rectified):
+        def to_conv(self): return nn.Sequential(super().to_conv(), nn.ReLU())
+    with pytest.raises(ValueError, match='1: Rectified has a forward of its own'):
+        bake(nn.Sequential(nn.ReLU(), Rectified(2, 2, 9)))
+    layer, x = Complete(2, 2, 9).eval(), torch.randn(1, 2, 8, 8)
+    assert torch.allclose(bake(layer)(x), layer(x), atol=1e-5)

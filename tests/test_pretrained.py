@@ -1,8 +1,11 @@
 "Trained networks that come with the package: what they say of themselves, and that they still compute it."
 from pathlib import Path
 import numpy as np, pytest, safetensors, torch
-from flexconv.files import read_weights
-from flexconv.registry import create_model, list_models, shipped_weights
+from flexconv import baselines                                           # registers its networks
+from flexconv.files import read_weights, save_weights
+from flexconv.hub import from_pretrained, save_hub
+from flexconv.registry import create_model, download_weights, list_models, shipped_weights
+from flexconv.resolution import set_resolution
 from flexconv.runs import load_run
 
 DATA = Path(__file__).parent/'data'
@@ -60,3 +63,57 @@ def test_both_spellings_and_a_new_head():
 def test_wrong_weights_are_named(wrong, words):
     with pytest.raises(ValueError) as e: create_model(**wrong)
     assert words in str(e.value)
+
+
+def test_a_name_with_weights_made_without_them():
+    assert not hasattr(create_model('flexnet7.cifar10', pretrained=False), 'pretrained_cfg')
+
+
+def test_trained_kernels_keep_their_grid():
+    with pytest.raises(ValueError, match='kernel_size must be that of the trained weights, 33; got 65'):
+        create_model('flexnet7.cifar10', kernel_size=65)
+
+
+def test_device_and_dtype_are_those_of_the_whole_network():
+    assert all(p.is_meta for p in create_model('flexnet3', device='meta').parameters())
+    net = create_model('flexnet3', 1, dtype=torch.float64, kernel_size=9)
+    assert net(torch.randn(2, 1, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    with pytest.raises(TypeError, match='dtype must be a floating'): create_model('flexnet3', dtype=torch.int8)
+
+
+@pytest.mark.parametrize('name,shape', [('flexnet3', (2, 3, 8, 8)), ('flextcn2', (2, 3, 20)),
+                                        ('cifar_resnet32', (2, 3, 8, 8))])
+def test_torch_fx_traces_networks(name, shape):
+    net, x = create_model(name, **({} if 'resnet' in name else dict(kernel_size=9))).eval(), torch.randn(shape)
+    with torch.no_grad(): assert torch.allclose(torch.fx.symbolic_trace(net)(x), net(x), atol=1e-5)
+
+
+def test_files_of_one_name_at_two_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path: Path(path).write_text(url))
+    urls = [f'https://example.org/{part}/model.safetensors' for part in 'ab']
+    assert [download_weights(url).read_text() for url in [*urls, *urls]] == [*urls, *urls]
+
+
+def test_a_folder_for_the_hub_holds_the_network_as_it_is(tmp_path):
+    net, x = create_model('flexnet3', 1, 10, width=4, kernel_size=9).eval(), torch.randn(2, 1, 16, 16)
+    about = dict(model='flexnet3', in_channels=1, num_classes=10, options=dict(width=4, kernel_size=9),
+                 data=dict(name='digits', classes=list('0123456789')))
+    net.reset_classifier(5)
+    set_resolution(net, 2)
+    again = from_pretrained(save_hub(net, tmp_path/'net', about)).eval()
+    with torch.no_grad(): assert torch.allclose(again(x), net(x), atol=1e-6) and again(x).shape == (2, 5)
+    net.reset_classifier(0)
+    with pytest.raises(ValueError, match='model must have a head'): save_hub(net, tmp_path/'none', about)
+
+
+def test_timm_takes_weights_of_ones_own(tmp_path):
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    import flexconv.timm
+    net = create_model('flexnet7.cifar10')
+    with torch.no_grad(): net.head.bias += 1
+    save_weights(net, tmp_path/'own.safetensors', net.pretrained_cfg)
+    for how in 'pretrained_cfg', 'pretrained_cfg_overlay':
+        given = {how: dict(file=str(tmp_path/'own.safetensors'))}
+        got = timm.create_model('flexnet7.cifar10' if 'overlay' in how else 'flexnet7', pretrained=True, **given)
+        assert torch.equal(got.head.bias, net.head.bias)

@@ -10,7 +10,9 @@ from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d
 from flexconv.callbacks import AliasingLoss
 from flexconv.learner import flex_learner, model_for
 from flexconv.files import read_csv
-from flexconv.at_resolution import dls_at
+from flexconv.runs import load_run
+from fastai.callback.core import Callback
+from flexconv.at_resolution import ProgressiveResize, dls_at, resize_images, resolution_table
 from flexconv.resolution import set_resolution
 from helpers import run
 
@@ -197,3 +199,73 @@ def test_mistakes(args, message, tmp_path):
 
 def test_folders_of_images_say_what_they_cannot_do():
     with pytest.raises(ValueError, match='dls must be of images'): dls_at(get_dls('sdigits'), 12)
+
+
+# Small images first
+
+class Interrupt(Callback):
+    "A KeyboardInterrupt in the third batch."
+    def before_batch(self):
+        if self.train_iter == 2: raise KeyboardInterrupt
+
+
+def quietly(learn, method, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): return getattr(learn, method)(*args, **kwargs)
+
+
+def narrow_learner(**kwargs):
+    dls = get_dls('digits', max_items=128, device='cpu')
+    return flex_learner(dls, create_model('flexnet3', 1, 10, width=4, kernel_size=9), **kwargs)
+
+
+def test_small_images_are_for_training_alone():
+    learn = narrow_learner(cbs=ProgressiveResize([(4, 1)]))
+    quietly(learn, 'fit_cosine', 2)
+    last, found = list(learn.final_record[1:]), list(quietly(learn, 'validate'))
+    assert found == pytest.approx(last)
+    assert list(quietly(learn, 'validate_at', 8)) == pytest.approx(last)
+    table = resolution_table(learn, [8, 16])
+    learn.remove_cb(ProgressiveResize)
+    assert list(quietly(learn, 'validate')) == found and resolution_table(learn, [8, 16]) == table
+
+
+@pytest.mark.parametrize('stays', [False, True])
+def test_an_interrupted_training_on_small_images_leaves_full_size(stays):
+    progressive = ProgressiveResize([(4, 1)])
+    learn = narrow_learner(cbs=progressive if stays else None)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(learn, 'fit_cosine', 3, cbs=[Interrupt()] + [progressive]*(not stays))
+    assert learn.model.stem.scale == 1 and '_do_epoch' not in vars(learn)
+    seen = []
+    class Watch(Callback):
+        def before_batch(self): seen.append((self.epoch, self.x.shape[-1], self.model.stem.scale))
+    quietly(learn, 'fit_cosine', 2, cbs=Watch())
+    assert set(seen) == ({(0, 4, 0.5), (1, 8, 1.)} if stays else {(0, 8, 1.), (1, 8, 1.)})
+    assert learn.model.stem.scale == 1
+
+
+def test_images_that_are_not_square_keep_their_shape():
+    assert resize_images(torch.zeros(2, 1, 12, 24), 12).shape == (2, 1, 6, 12)
+
+
+def test_a_run_on_small_images_first_is_evaluated_at_full_size(tmp_path):
+    small = '--epochs', 2, '--width', 4, '--max_items', 200, '--kernel_size', 9, '--device', 'cpu'
+    run('flexconv_train', *small, '--progressive', '4x1', '--target', 16, '--target_epochs', 2, '--out', tmp_path/'a')
+    def last(folder): return float(read_csv(folder/'metrics.csv')[-1]['accuracy'])
+    assert f'accuracy {100*last(tmp_path/"a"):.2f}%' in run('flexconv_eval', tmp_path/'a', '--device', 'cpu').stdout
+    assert float(read_csv(tmp_path/'a'/'resolution.csv')[0]['accuracy']) == pytest.approx(last(tmp_path/'a'), abs=1e-6)
+    # what was trained at the target says so: its data, and who reads it without the run's own
+    finer = tmp_path/'a'/'at-16'
+    record = json.loads((finer/'data.json').read_text())
+    assert (record['size'], record['input_shape'], record['resize']) == ([16, 16], [1, 16, 16], 16)
+    assert json.loads((finer/'config.json').read_text())['progressive'] is None
+    out = run('flexconv_eval', finer, '--data', 'digits', '--device', 'cpu').stdout
+    assert f'accuracy {100*last(finer):.2f}%' in out
+    learn = load_run(finer, 'cpu')
+    learn.dls = get_dls('digits', size=16, device='cpu')
+    assert quietly(learn, 'validate')[1] == pytest.approx(last(finer), abs=1e-6)
+
+
+def test_small_images_first_is_not_for_sequences(tmp_path):
+    err = run('flexconv_train', '--data', 'sdigits', '--progressive', '4x1', code=2, cwd=tmp_path).stderr
+    assert 'progressive is for images; sdigits has sequences' in err and not any(tmp_path.iterdir())

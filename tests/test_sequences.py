@@ -68,3 +68,31 @@ def test_stream_of_a_weight_normalised_network():
     got = torch.cat([stream(chunk) for chunk in x.split(7, -1)], -1)
     assert torch.allclose(got, net.blocks(x), atol=1e-5)
     assert hasattr(net.blocks[0].conv1, 'parametrizations')
+
+
+def test_a_stream_of_shared_layers_and_hooks():
+    torch.manual_seed(0)
+    layer = FlexConv1d(2, 2, 9, causal=True, sigma=0.5)
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    net, x = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).eval(), torch.randn(1, 2, 30)
+    for times in False, True:
+        stream = Stream(net, times=times)
+        assert torch.allclose(torch.cat([stream(part) for part in x.split([7, 13, 10], -1)], -1), net(x), atol=1e-5)
+
+
+def test_times_fall_after_a_chunk_without_times():
+    stream = Stream(FlexConv1d(1, 1, 9, causal=True), times=True)
+    x = torch.randn(2, 1, 10)
+    stream(x)                                                             # at 0 to 9
+    with pytest.raises(ValueError, match='t must rise'): stream(x, torch.arange(10.))
+    stream(x, torch.arange(10., 20.).expand(2, -1))
+    stream(x)                                                             # at 20 to 29
+    with pytest.raises(ValueError, match='t must rise'): stream(x, torch.arange(25., 35.))
+
+
+@pytest.mark.parametrize('times', [False, True])
+def test_a_stream_keeps_no_more_than_it_needs(times):
+    stream = Stream(FlexConv1d(1, 1, 9, causal=True), times=times)
+    stream(torch.randn(1, 1, 10_000))
+    past, = [m.past[0] if times else m.past for m in stream.model.modules() if getattr(m, 'past', None) is not None]
+    assert past.untyped_storage().nbytes() == past.numel()*4 <= 4*9

@@ -8,6 +8,10 @@ from flexconv.optimizer import MaskAdam, mask_parameters, param_groups, split_ma
 from flexconv.learner import cosine_schedule, flex_learner, model_for
 from flexconv.callbacks import kernel_norm
 from flexconv.files import read_csv, read_weights
+from flexconv.registry import create_model
+from flexconv.resolution import set_resolution
+from flexconv.runs import load_run
+from fastai.callback.core import Callback
 from fastai.data.external import fastai_path
 from fastai.torch_core import set_seed
 from PIL import Image
@@ -450,3 +454,64 @@ def test_a_width_that_two_masks_share_takes_one_step():
     step.step()
     torch.testing.assert_close(before - sigma, 0.01*sigma.grad)
     assert [len(group) for group in split_masks(net)] == [3, len(list(net.parameters())) - 3]
+
+
+def test_init_holds_when_the_first_epoch_was_interrupted(narrow, tmp_path):
+    args = '--epochs', '1', '--width', '4', '--max_items', '64', '--lr', '1e-9', '--init', narrow
+    run('flexconv_train', *args, '--out', tmp_path/'warm')
+    for name in ('checkpoint.pt', 'previous-checkpoint.pt', 'model.safetensors', 'metrics.csv'):
+        (tmp_path/'warm'/name).unlink(missing_ok=True)                    # as if stopped before the end of the epoch
+    run('flexconv_train', '--resume', tmp_path/'warm')
+    before, after = (read_weights(folder/'model.safetensors')[0] for folder in (narrow, tmp_path/'warm'))
+    assert torch.allclose(before['head.weight'], after['head.weight'], atol=1e-5)
+
+
+def test_init_keeps_the_kernels_of_the_trained_network(narrow, tmp_path):
+    "At 16 pixels the kernels of 8 are on a grid twice as fine, as `validate_at` has them."
+    args = '--epochs', '1', '--width', '4', '--max_items', '64', '--lr', '1e-9', '--init', narrow
+    run('flexconv_train', *args, '--size', '16', '--out', tmp_path/'warm')
+    cfg = json.loads((tmp_path/'warm'/'config.json').read_text())
+    assert (cfg['kernel_size'], cfg['scale']) == (9, 2.)
+    learn, finer = load_run(narrow, 'cpu'), load_run(tmp_path/'warm', 'cpu')
+    x = torch.randn(2, 1, 16, 16)
+    set_resolution(learn.model, 2)
+    with torch.no_grad():
+        a, b = learn.model.eval().stem(x), finer.model.eval().stem(x)
+    assert torch.allclose(a, b, atol=1e-4*a.abs().max())
+    err = run('flexconv_train', *args, '--kernel_size', '15', code=2).stderr
+    assert 'kernel_size must be that of' in err and '9, or not given; got 15' in err
+
+
+def test_rates_for_each_group():
+    learn = flex_learner(get_dls('digits', max_items=64), create_model('flexnet3', 1, 10, width=4, kernel_size=9))
+    seen = []
+    class Watch(Callback):
+        def before_batch(self): seen.append([h['lr'] for h in self.opt.hypers])
+    for lr in ([0.002, 0.004], np.array([0.002, 0.004]), slice(0.002, 0.004)):
+        seen.clear()
+        with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1, lr, warmup_epochs=0, cbs=Watch())
+        assert seen[0] == pytest.approx([0.002, 0.004])
+    with pytest.raises(ValueError, match='lr must be a number or one for each of 2 groups; got 3'):
+        learn.fit_cosine(1, [0.1, 0.1, 0.1])
+    with pytest.raises(ValueError, match='splitter needs an opt_func of your own'):
+        flex_learner(learn.dls, learn.model, splitter=lambda model: [list(model.parameters())])
+
+
+def test_an_interrupted_epoch_is_not_recorded():
+    learn = flex_learner(get_dls('digits', max_items=128), create_model('flexnet3', 1, 10, width=4, kernel_size=9))
+    class Interrupt(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit_cosine(1, cbs=Interrupt())
+        learn.validate()
+    assert len(learn.kernel_sizes.history) == 1
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_tensorboard_shows_predictions_for_sequences(tmp_path):
+    pytest.importorskip('tensorboard', reason='tensorboard is not installed')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = flex_learner(get_dls('sdigits', max_items=64), 'flextcn2')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=TensorBoardCallback(str(tmp_path)))
+    assert 'Sample results' in EventAccumulator(str(tmp_path)).Reload().Tags()['images']
