@@ -17,6 +17,7 @@ import fastai.callback.hook
 from fastai.callback.core import CancelEpochException
 from fastai.callback.hook import Hooks
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 
@@ -42,7 +43,9 @@ def model_for(dls,          # fastai `DataLoaders` of images or sequences
         raise ValueError(f'model {name} takes {known.input}s; the data has shape {tuple(x.shape)}')
     if known.takes('kernel_size'):
         kwargs.setdefault('kernel_size', x.shape[2] if found == 'sequence' else max(x.shape[2:])//2*2 + 1)
-    return create_model(name, x.shape[1], len(dls.vocab), **kwargs)
+    outputs = get_c(dls)
+    if not outputs: raise ValueError('dls must have classes, vocab, or say how many outputs it wants, c; got neither')
+    return create_model(name, x.shape[1], outputs, **kwargs)
 
 # %% ../nbs/44_learner.ipynb #ae2f160d
 def flex_learner(dls,                 # fastai `DataLoaders`

@@ -515,3 +515,14 @@ def test_tensorboard_shows_predictions_for_sequences(tmp_path):
     learn = flex_learner(get_dls('sdigits', max_items=64), 'flextcn2')
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=TensorBoardCallback(str(tmp_path)))
     assert 'Sample results' in EventAccumulator(str(tmp_path)).Reload().Tags()['images']
+
+
+def test_a_regression_has_outputs_and_no_classes():
+    from fastai.data.core import DataLoaders
+    data = [(torch.randn(1, 8, 8), torch.randn(2)) for _ in range(8)]
+    dls = DataLoaders.from_dsets(data, data, bs=4, device='cpu')
+    with pytest.raises(ValueError, match='dls must have classes, vocab'): flex_learner(dls, 'flexnet3')
+    dls.c = 2
+    learn = flex_learner(dls, 'flexnet3', torch.nn.MSELoss(), metrics=[])
+    with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
+    assert learn.model.num_classes == 2 and len(learn.final_record) == 2
