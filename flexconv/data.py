@@ -7,8 +7,7 @@ __all__ = ['ImageTensors', 'TensorDL', 'RandomCropFlip', 'ToFloat', 'ToSequence'
            'register_data_set', 'digits', 'mnist', 'cifar10', 'sdigits', 'smnist', 'pmnist', 'scifar10', 'npcifar10',
            'cifar100', 'stl10', 'imagenet32', 'speechcommands', 'speechcommands_mfcc', 'chartrajectories',
            'chartrajectories30', 'chartrajectories50', 'chartrajectories70', 'folder_record', 'check_record',
-           'record_dls', 'split_digest', 'own_validation_images', 'trained_on', 'validates_on_test_set',
-           'labelled_images', 'get_dls']
+           'record_dls', 'validates_on_test_set', 'labelled_images', 'get_dls']
 
 # %% ../nbs/41_data.ipynb #c623913f
 import copy, hashlib, io, json, os, re, warnings
@@ -890,11 +889,12 @@ def record_dls(record,         # of `dls.record`
     return DataLoaders(*(loader(i, [Path(path)/f for f in files], [f.split('/')[-2] for f in files])
                          for i, files in enumerate(record['files'].values())), device=device)
 
-# %% ../nbs/41_data.ipynb #5eee5a4f
+# %% ../nbs/41_data.ipynb #d49c7ab1
 def split_digest(files):    # `{'train': {path: bytes}, 'valid': {path: bytes}}` of a record
     "A checksum of which images of a folder are for training and which for validation."
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
+# %% ../nbs/41_data.ipynb #9829bf4f
 def own_validation_images(record,    # of a network's data
                           path):     # a folder of images
     """`{path: class}` of the validation images, where a folder is the one that a record was made of, or a copy;
@@ -911,6 +911,7 @@ def own_validation_images(record,    # of a network's data
     same = split_digest(dict(zip(('train', 'valid'), ({f: sizes[f] for f in part} for part in parts))))
     return parts[1] if same == record['split'] else None
 
+# %% ../nbs/41_data.ipynb #5c474075
 def trained_on(record,     # of the data that are validated on
                trained):   # of the data that a network was trained on
     "A sentence on validation images that a network was trained on, '' where there are none."
@@ -925,6 +926,7 @@ def trained_on(record,     # of the data that are validated on
     return '' if same else (f'validation images of {record["name"]}, which are a part of its training set: '
                             'give the seed and valid_pct of that training')
 
+# %% ../nbs/41_data.ipynb #5eee5a4f
 def validates_on_test_set(record):    # of `dls.record`
     "True if the validation set of a record is a test set, on which nothing should be chosen."
     if 'files' not in record: return record['valid_pct'] is None
