@@ -33,8 +33,8 @@ def frozen(value):
 def class_state(cls):
     "The attributes and methods of a user's class and its bases; ours and torch's do not change."
     own = [c for c in cls.__mro__ if c.__module__.partition('.')[0] not in ('flexconv', 'torch', 'builtins')]
-    return cls, *((name, value if callable(value) else frozen(value)) for c in own for name, value in vars(c).items()
-                  if not name.startswith('__'))
+    def state(value): return value if callable(value) or hasattr(value, '__get__') else frozen(value)    # a property
+    return cls, *((name, state(value)) for c in own for name, value in vars(c).items() if not name.startswith('__'))
 
 def module_state(owner):
     "What a module and those in it hold: a list of attributes and a list of tensors. Raises `NotComparable`."

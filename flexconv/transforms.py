@@ -228,7 +228,9 @@ def is_channels_last(x):
 
 def to_channels_last(x):
     "An image or a volume with its channels last in memory; also a single channel, which torch leaves as it is."
-    if x.shape[1] == 1: return x.contiguous().movedim(1, -1).contiguous().movedim(-1, 1)
+    if x.shape[1] == 1:
+        x = x.contiguous()
+        return x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:]))
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 class PixelsFirst(torch.autograd.Function):

@@ -363,7 +363,9 @@ def test_a_changed_class_is_seen():
         def __init__(self, ndim, out_channels):
             super().__init__(ndim, out_channels, 8, 1)
             self.linear, self.output_linear = PointwiseLinear(ndim, 8), PointwiseLinear(8, out_channels)
-        def features(self, points): return torch.sin(self.frequency*self.linear(points))
+        @property
+        def speed(self): return self.frequency                      # a property does not keep it from being remembered
+        def features(self, points): return torch.sin(self.speed*self.linear(points))
     layer, x = FlexConv2d(2, 3, 33, kernel=Waves).eval(), torch.randn(1, 2, 19, 19)
     with torch.no_grad():
         first = layer(x)
