@@ -9,6 +9,7 @@ __all__ = ['KernelSizes', 'RefreshSizes', 'AliasingLoss', 'kernel_norm', 'Kernel
 # %% ../nbs/43_callbacks.ipynb #38d797b1
 import inspect
 import math
+import sys
 import warnings
 from functools import cache, partial
 
@@ -52,7 +53,7 @@ class KernelSizes(Callback):
 
     def before_fit(self):
         if not self.history: self.history.append(kernel_sizes(self.model))
-        if hasattr(self.learn, 'tensor_board'): show_sequences_in_tensorboard()
+        if 'fastai.callback.tensorboard' in sys.modules: show_sequences_in_tensorboard()
         self.trained = False                                   # also after an epoch that was interrupted
 
     def before_train(self):
