@@ -86,7 +86,8 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
     model = make(channels, num_classes or known, **options)
     model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
     if weights is not None:
-        load_pretrained(model, weights, new_head=num_classes not in (None, 0, known))
+        read = channels, about.get('in_channels', channels)
+        load_pretrained(model, weights, read, new_head=num_classes not in (None, 0, known))
         for m in model.modules():
             if hasattr(m, 'cell_volume'): m.scale = about.get('scale', 1.)
         model.pretrained_cfg = about
@@ -95,7 +96,7 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
 
 # %% ../nbs/31_registry.ipynb #da4841bc
 def create_model(name,                   # see `list_models`; 'flexnet7.cifar10' means pretrained='cifar10'
-                 in_channels=None,       # channels of the input; by default 3, or those of the trained weights
+                 in_channels=None,       # channels of the input; by default 3, or as trained; trained weights adapt to others
                  num_classes=None,       # scores; by default 10 or as trained; others: a new head, untrained; 0: none
                  pretrained=None,        # trained weights: their data, a file, a run folder, a URL; True: the only ones
                  features_only=False,    # True: `FeatureMaps` of the network
@@ -249,12 +250,28 @@ def download_weights(url):
     if not path.exists(): torch.hub.download_url_to_file(url, str(path))
     return path
 
+# %% ../nbs/31_registry.ipynb #d5777026
+def for_channels(weights, state,        # tensors by name: trained, and of the model
+                 channels, trained):    # channels of the input: the model's, and those of the weights
+    "Trained weights for other channels of the input: added up for one, repeated and scaled for several."
+    def adapted(w, like):
+        differ = [i for i, (a, b) in enumerate(zip(w.shape, like.shape)) if a != b]
+        if len(differ) != 1 or w.ndim != like.ndim or w.shape[differ[0]] % trained: return w   # not of the first layer
+        i, = differ
+        w = w.unflatten(i, (-1, trained))                                 # of kernel networks: (O*I, ...)
+        if channels == 1: w = w.sum(i+1, keepdim=True)
+        else: w = w.index_select(i+1, torch.arange(channels) % trained)*(trained/channels)
+        return w.flatten(i, i+1)
+    return {name: adapted(w, state[name]) if name in state else w for name, w in weights.items()}
+
 # %% ../nbs/31_registry.ipynb #b43c9b49
 def load_pretrained(model, weights,
+                    channels,    # of the input: the model's, and those that the weights were trained on
                     new_head):   # True: the layer that gives the scores stays as it is
     "Trained weights into a model; a ValueError where they do not fit."
     state = model.state_dict()
     weights = bare_names(weights, state)
+    if channels[0] != channels[1]: weights = for_channels(weights, state, *channels)
     head = getattr(model, 'head_name', 'head') + '.'
     if new_head: weights = {name: state[name] if name.startswith(head) else value for name, value in weights.items()}
     if differ := state_dict_mismatch(model, weights):

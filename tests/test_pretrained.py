@@ -58,11 +58,29 @@ def test_both_spellings_and_a_new_head():
 @pytest.mark.parametrize('wrong,words', [
     (dict(name='flexnet7.imagenet'), "a trained version of flexnet7 ('cifar10')"),
     (dict(name='flexnet3.cifar10'), 'none comes with the package'),
-    (dict(name='flexnet7.cifar10', in_channels=1), 'stem.kernel_network.output_linear.weight must have shape'),
+    (dict(name='flexnet7.cifar10', width=8), 'must have shape'),
     (dict(name='flexnet9.cifar10'), "Did you mean 'flexnet"), (dict(name='flexnet7', pretrained=3), 'got 3')])
 def test_wrong_weights_are_named(wrong, words):
     with pytest.raises(ValueError) as e: create_model(**wrong)
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize('name', list_models(pretrained=True))
+def test_trained_weights_adapt_to_other_channels(name):
+    "Gray in every channel, one or several, is gray."
+    net, size = create_model(name).eval(), (16, 16) if name.startswith('flexnet') else (64,)
+    known, gray = net.config['in_channels'], torch.randn(2, 1, *size)
+    with torch.no_grad(): want = net(gray.expand(2, known, *size))
+    for channels in {1, 2*known} - {known}:
+        with torch.no_grad(): got = create_model(name, channels).eval()(gray.expand(2, channels, *size))
+        assert torch.allclose(got, want, atol=2e-3*want.abs().max()), channels
+
+
+def test_the_only_weights_are_those_of_the_first_layer():
+    net, colours = create_model('flexnet7.cifar10', 4), create_model('flexnet7.cifar10')
+    changed = [n for n, v in net.state_dict().items() if v.shape != colours.state_dict()[n].shape]
+    assert changed == ['stem.kernel_network.output_linear.weight', 'stem.kernel_network.output_linear.bias']
+    assert net.config['in_channels'] == 4
 
 
 def test_a_name_with_weights_made_without_them():
