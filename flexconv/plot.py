@@ -6,6 +6,8 @@
 __all__ = ['kernel_frame', 'size_bar', 'show_kernel', 'show_kernels', 'show_kernel_sizes', 'kernel_spectrum', 'show_spectra']
 
 # %% ../nbs/50_plot.ipynb #5a78196f
+import math
+from collections import ChainMap
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -121,7 +123,8 @@ def show_kernels(model,         # a layer, a network, or a dict of layers by nam
 # %% ../nbs/50_plot.ipynb #b58099ae
 def geometric_means(history):    # `[kernel_sizes(model), ...]`
     "Geometric means over axes of kernel sizes: `{name: [one for each epoch]}`."
-    return {name: [np.prod(sizes[name])**(1/len(sizes[name])) for sizes in history] for name in history[0]}
+    mean = lambda size: math.prod(size)**(1/len(size)) if size else math.nan            # not of this model, at that time
+    return {name: [mean(sizes.get(name)) for sizes in history] for name in dict(ChainMap(*reversed(history)))}
 
 def layer_colors(names):
     "A colour for each layer, dark to light from shallow to deep."
