@@ -9,9 +9,9 @@ __all__ = ['nyquist_frequency', 'filter_frequency', 'mask_frequency', 'highest_f
 import math
 import torch
 from .kernels import MultiplicativeFilterNetwork
-from .core import check_choice, check_number, per_axis
+from .core import check_choice, check_int, check_number, per_axis
 from .crop import spacing
-from .layers import CKConv
+from .layers import require_conv_layers
 
 # %% ../nbs/22_aliasing.ipynb #61c0e781
 def nyquist_frequency(size,     # positions per axis, at least 2: an int, or a tuple, of which the smallest counts
@@ -82,11 +82,9 @@ def aliasing_loss(model,                  # a layer, or a network that contains 
     "Penalty for kernel frequencies above the Nyquist frequency of their grids, summed over layers; a scalar tensor."
     check_choice(method, ('together', 'summed'), 'method')
     factor = check_number(factor, 'factor', 0, closed=True)
-    if resolution is not None: resolution, = per_axis(resolution, 1, 'resolution')
-    layers = [m for m in model.modules() if isinstance(m, CKConv)]
-    if not layers: raise ValueError(f'model must contain CKConv or FlexConv layers; {type(model).__name__} has none')
+    if resolution is not None: resolution = check_int(resolution, 'resolution')
     loss = 0.
-    for layer in layers:
+    for layer in require_conv_layers(model).values():
         freqs = highest_frequency(layer, bound, stddevs, include_mask)        # (L+1,)
         limit = limit_frequency(layer, resolution)
         over = freqs - limit/len(freqs) if method == 'together' else freqs.sum() - limit

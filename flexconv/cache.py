@@ -15,25 +15,27 @@ from .kernels import has_hooks
 
 # %% ../nbs/20_cache.ipynb #69ca0764
 plain_types = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
-of_no_interest = frozenset(vars(nn.Module())) | {'kernel_cache', 'window'}
+ignored_attributes = frozenset(vars(nn.Module())) | {'kernel_cache', 'window'}
 
 class NotComparable(Exception):
     "Raised for an attribute whose change could go unseen."
 
-def frozen(value):
+def comparable_copy(value):
     "A copy of an attribute that can be compared with `==`, or `NotComparable`."
     if isinstance(value, plain_types): return value
     if isinstance(value, BuiltinFunctionType): return value
     if isinstance(value, FunctionType) and value.__closure__ is None: return value
-    if isinstance(value, (tuple, list, set)): return type(value).__name__, *map(frozen, value)
-    if isinstance(value, dict): return 'dict', *((k, frozen(v)) for k, v in value.items())
+    if isinstance(value, (tuple, list, set)): return type(value).__name__, *map(comparable_copy, value)
+    if isinstance(value, dict): return 'dict', *((k, comparable_copy(v)) for k, v in value.items())
     raise NotComparable
 
 # %% ../nbs/20_cache.ipynb #5b089153
 def class_state(cls):
     "The attributes and methods of a user's class and its bases; ours and torch's do not change."
     own = [c for c in cls.__mro__ if c.__module__.partition('.')[0] not in ('flexconv', 'torch', 'builtins')]
-    def state(value): return value if callable(value) or hasattr(value, '__get__') else frozen(value)    # a property
+    def state(value):
+        is_method = callable(value) or hasattr(value, '__get__')            # or a property
+        return value if is_method else comparable_copy(value)
     return cls, *((name, state(value)) for c in own for name, value in vars(c).items() if not name.startswith('__'))
 
 def module_state(owner):
@@ -44,7 +46,7 @@ def module_state(owner):
         facts.append(class_state(type(module)))
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor): tensors.append(value)
-            elif name == 'training' or name not in of_no_interest: facts += [name, frozen(value)]
+            elif name == 'training' or name not in ignored_attributes: facts += [name, comparable_copy(value)]
         own = (*module._parameters.values(), *module._buffers.values())
         tensors += [t for t in own if t is not None]
     if not all(type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta for t in tensors): raise NotComparable
@@ -113,8 +115,8 @@ class Window:
         "True if the window was read for a grid of this size."
         return self.bounds is not None and self.grid == grid
 
-    def due(self, grid,
-            source=None):  # what identifies the parameters of the mask: others have a size of their own
+    def must_read(self, grid,
+                  source=None):  # what identifies the parameters of the mask: others have a size of their own
         "Count a forward pass. True if the sizes must be read before it."
         if self.source is not None and source != self.source: self.clear()
         self.source = source

@@ -51,7 +51,7 @@ from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
 from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device
-from .at_resolution import ProgressiveResize, dls_at, image_size, move_to, resolution_table
+from .at_resolution import ProgressiveResize, dls_at, image_height, move_to, resolution_table
 from .resolution import current_scale, set_resolution
 from .export import export_onnx, export_program
 from .hub import save_hub
@@ -294,7 +294,8 @@ def warm_start(cfg, learn, device):
     if seen := trained_on(learn.dls.record, known):
         warnings.warn(f'{source} was trained on {seen}. Accuracy says little then', RuntimeWarning)
     same = list(trained.dls.vocab) == list(learn.dls.vocab)
-    load_pretrained(learn.model, trained.model.state_dict(), new_head=not same)
+    channels = learn.dls.record['input_shape'][0], trained.dls.record['input_shape'][0]
+    load_pretrained(learn.model, trained.model.state_dict(), channels, new_head=not same)
     return wanted, learn
 
 # %% ../nbs/61_cli.ipynb #5052e6e4
@@ -386,7 +387,7 @@ def train(learn,              # of `make_learner`
             say(f'Stopped early: accuracy has not become better for {cfg["patience"]} epochs')
     if not rank_distrib(): draw(learn, folder)
     if cfg['target'] or cfg['test_sizes']:
-        say_table(resolution_table(learn, cfg['test_sizes'] or [image_size(learn.dls), cfg['target']]), folder)
+        say_table(resolution_table(learn, cfg['test_sizes'] or [image_height(learn.dls), cfg['target']]), folder)
     if cfg['target']: train_at_target(learn, cfg, folder, resume)
 
 # %% ../nbs/61_cli.ipynb #40b12d18
@@ -399,7 +400,7 @@ def say_table(rows, folder):
 
 def train_at_target(learn, cfg, folder, resume):
     "Fine-tune at the target resolution, as a run of its own in a folder of the first."
-    layers, size = list(conv_layers(learn.model).values()), image_size(learn.dls)
+    layers, size = list(conv_layers(learn.model).values()), image_height(learn.dls)
     sub = cfg | dict(size=cfg['target'], scale=cfg['scale']*cfg['target']/size, epochs=cfg['target_epochs'],
                      target=None, target_epochs=None, warmup_epochs=None, progressive=None, source='..')
     if layers: sub['kernel_size'] = layers[0].kernel_size[0]

@@ -9,7 +9,8 @@ __all__ = ['padding_pairs', 'check_padding_fits', 'in_tiles', 'conv_nd', 'conv_m
 from numbers import Integral
 import torch
 import torch.nn.functional as F
-from .core import at_least_float32, check_choice, forward_ad, in_functorch, per_axis, tracing
+from .core import at_least_float32, check_choice, forward_ad, functionalizing, in_functorch, per_axis
+from .core import tracing
 from .transforms import is_channels_last, to_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
 from .costs import cheapest, run_seconds, tile_counts
@@ -178,7 +179,8 @@ def choose(x, kernel, args, method):
     "'direct', one of `spectral_methods`, or `(method, tile)`."
     _, stride, pairs, _, dilation = args
     if method == 'direct' or len(x) == 0: return 'direct'
-    if in_functorch() or forward_ad(): return 'matmul'
+    if in_functorch(): return 'direct' if functionalizing() else 'matmul'
+    if forward_ad(): return 'matmul'
     if method in spectral_methods: return method
     if method == 'autotune' and can_measure(x, kernel, args): return autotune(x, kernel, args)
     rank = kernel.rank if isinstance(kernel, LowRankKernel) else None
@@ -209,6 +211,7 @@ def check_arguments(x, kernel, bias, groups, padding_mode, method):
                          f'or the same without batch; got {tuple(x.shape)}')
     if kernel.shape[0] % groups:
         raise ValueError(f'groups must divide the {kernel.shape[0]} output channels; got {groups}')
+    if not (bias is None or isinstance(bias, torch.Tensor)): raise TypeError(f'bias must be a tensor; got {bias!r}')
     if bias is not None and bias.shape != kernel.shape[:1]:
         raise ValueError(f'bias must have shape ({kernel.shape[0]},); got {tuple(bias.shape)}')
     check_dtypes(x, kernel, bias)

@@ -160,19 +160,19 @@ def channel_product(xs,        # real and imaginary part of the input's spectrum
     return [v.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2) for v in ys]
 
 # %% ../nbs/11_correlate.ipynb #98beaa13
-largest_remembered = 2**20      # numbers of a spectrum that is kept: 4 MB in float32
-replacing = threading.Lock()
+max_cached_numbers = 2**20      # numbers of a spectrum that is kept: 4 MB in float32
+cache_lock = threading.Lock()
 
-def remembered(kept,       # a dict, or None to keep nothing
-               key,        # what the value depends on
-               numbers,    # size of the value
-               make):      # computes the value, tensors
-    "The tensors of `make()`, or those that `kept` has for this key. It has the last ones, unless they were too large."
+def cached_spectrum(kept,       # a dict of one entry at most, or None: no cache
+                    key,        # what the spectrum depends on
+                    numbers,    # its size
+                    make):      # computes it: tensors
+    "The spectrum for `key`, from `kept` or computed; the newest replaces the last, unless it is too large."
     found = None if kept is None else kept.get(key)
     if found is not None: return found
     made = tuple(make())
-    if kept is not None and numbers <= largest_remembered:
-        with replacing:
+    if kept is not None and numbers <= max_cached_numbers:
+        with cache_lock:
             kept.clear()
             kept[key] = made
     return made
@@ -209,7 +209,8 @@ def matmul_correlate(x,                   # `(B, C, *S)`
         B, C = t.shape[-2:]
         xs = [v.unflatten(1, (B, C)) for v in plan.input_spectrum(t.flatten(x.ndim - 2))]      # (F, B, C)
         numbers = 2*xs[0].shape[0]*kernel.shape[0]*kernel.shape[1]
-        ws = remembered(kept, ('matmul', plan, x.dtype), numbers, lambda: spectrum_of_kernel(plan, kernel, x.dtype))
+        transform = lambda: spectrum_of_kernel(plan, kernel, x.dtype)
+        ws = cached_spectrum(kept, ('matmul', plan, x.dtype), numbers, transform)
         re, im = channel_product(xs, ws, groups, kernel.shape[0])         # (F, B, O)
         constant = None if bias is None else bias.to(x.dtype).repeat(B)
         y = plan.output(re.flatten(1), im.flatten(1), constant)           # (*out, B*O)
@@ -380,9 +381,9 @@ def fft_output(x, factors, pairs, kept, dtype):
     kernel = spectrum_kinds[len(factors)](*factors)
     lengths, _ = circle(x.shape[3:], kernel.size, pairs)
     numbers = 2*math.prod(kernel.channels)*math.prod(lengths[:-1])*(lengths[-1]//2 + 1)
-    if kept is None or numbers > largest_remembered: return Correlate.apply(x, pairs, *factors)
+    if kept is None or numbers > max_cached_numbers: return Correlate.apply(x, pairs, *factors)
     whole = lambda: [kernel.at(kernel.transform(lengths), slice(None)).contiguous()]
-    spectrum, = remembered(kept, ('fft', lengths, kernel.size, dtype), numbers, whole)
+    spectrum, = cached_spectrum(kept, ('fft', lengths, kernel.size, dtype), numbers, whole)
     mixed = DenseSpectrum(x.new_empty(*kernel.channels, *kernel.size, device='meta'))       # its transform is known
     return correlate_spectra(x, mixed, pairs, spectrum)[0]
 

@@ -40,7 +40,7 @@ with warnings.catch_warnings():
     from fastai.vision.augment import RandTransform, Resize
 
 # %% ../nbs/41_data.ipynb #bf60c38d
-from .core import per_axis, check_choice, check_number
+from .core import check_choice, check_int, check_number
 from .readers import channel_stats, drop_samples, read_chartrajectories, read_cifar100, read_imagenet32
 from .readers import read_speechcommands, read_stl10, split_70_15_15
 
@@ -204,7 +204,7 @@ class RandomCropFlip(RandTransform):
                  flip=True,     # True: flip half of the images
                  **kwargs):     # further arguments of fastai's `RandTransform`
         super().__init__(p=1., **kwargs)
-        self.padding, self.flip = per_axis(padding, 1, 'padding', minimum=0)[0], flip
+        self.padding, self.flip = check_int(padding, 'padding', minimum=0), flip
 
     def encodes(self, x:TensorImage):
         p, (B, _, H, W), t = self.padding, x.shape, x.as_subclass(torch.Tensor)
@@ -693,11 +693,21 @@ def split_folders(path):
 
 looks_like_split = re.compile(r'(dev|eval|evaluation|holdout|unlabell?ed)(set)?|'
                               r'(train|training|val|valid|validation|test|testing)[ _-]?(set|images|imgs|data)', re.I)
+split_words = dict(train='train', training='train', trn='train', val='held', valid='held', validation='held',
+                   test='held', testing='held', tst='held', dev='held')
+
+def split_parts(name):
+    "What the words of a folder's name say of splits, as a set: {'train'} for 'trainA' or 'my_train', {} for 'tram'."
+    words = re.findall('[a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', name).lower())
+    return {split_words[word] for word in words if word in split_words}
 
 def require_known_splits(path):
     "A ValueError for folders whose names look like those of a split and are none that we know."
     folders = sorted(p.name for p in path.iterdir() if p.is_dir())
-    if unknown := [name for name in folders if looks_like_split.fullmatch(name)]:
+    unknown = [name for name in folders if looks_like_split.fullmatch(name)]
+    both = {'train', 'held'} <= set().union(*map(split_parts, folders))
+    if both and not split_folders(path): unknown = unknown or [name for name in folders if split_parts(name)]
+    if unknown:
         known = ', '.join(name for names in split_names.values() for name in names)
         raise ValueError(f'{path} holds {_some(unknown)}, which is no class by its name and no split that is known; '
                          f'those are {known}')
@@ -912,12 +922,19 @@ def own_validation_images(record,    # of a network's data
     return parts[1] if same == record['split'] else None
 
 # %% ../nbs/41_data.ipynb #5c474075
+def seen_in_training(sizes,      # `{path: bytes}` of images
+                     trained):   # record of the data that a network was trained on
+    "Those of the images that the network was trained on: of equal class, name and size, wherever they lie by now."
+    tail = lambda f: '/'.join(f.split('/')[-2:])
+    known = {(tail(f), size) for f, size in trained['files']['train'].items()}
+    return [f for f, size in sizes.items() if (tail(f), size) in known]
+
 def trained_on(record,     # of the data that are validated on
                trained):   # of the data that a network was trained on
     "A sentence on validation images that a network was trained on, '' where there are none."
     if 'files' in record and 'files' in trained:
-        train, valid = trained['files']['train'], record['files']['valid']
-        both = [f for f, size in valid.items() if train.get(f) == size]
+        valid = record['files']['valid']
+        both = seen_in_training(valid, trained)
         return f'{len(both):,} of {len(valid):,} validation images: {_some(both)}' if both else ''
     settings = 'seed', 'valid_pct'
     in_files = 'files' in record or 'files' in trained
@@ -950,6 +967,10 @@ def labelled_images(path,          # a folder with a folder for each class, or w
         raise FileNotFoundError(f'{path/folder} holds no images; it must have a folder of images for each class')
     if unknown := sorted(set(labels.values()) - set(classes)):
         raise ValueError(f'classes must be among {_some(classes, 20)}; {path/folder} has {_some(unknown)}')
+    if own is None and record is not None and 'files' in record:
+        if seen := seen_in_training({f: (path/f).stat().st_size for f in labels}, record):
+            part = f'{len(seen):,} of {len(labels):,} of these images: {_some(seen)}'
+            warnings.warn(f'the network was trained on {part}. Accuracy says little then', RuntimeWarning, stacklevel=2)
     common_size([path/f for f in labels])
     return [(path/f, c) for f, c in labels.items()]
 
@@ -957,7 +978,7 @@ def labelled_images(path,          # a folder with a folder for each class, or w
 def _subset(x, y, n, seed):
     "`n` random items of a data set, always the same for a seed."
     if n is None: return x, y
-    n, = per_axis(n, 1, 'max_items')
+    n = check_int(n, 'max_items')
     keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
     return x[keep], y[keep]
 
@@ -1009,8 +1030,8 @@ def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (s
             device=None,        # by default fastai's default device
             plain=False):       # batches of plain tensors, for loops in plain PyTorch? by default of fastai's types
     "fastai `DataLoaders` of a data set by name. A ValueError for unknown names, a FileNotFoundError for missing data."
-    bs, = per_axis(bs, 1, 'bs')
-    if size is not None: size, = per_axis(size, 1, 'size', minimum=2)
+    bs = check_int(bs, 'bs')
+    if size is not None: size = check_int(size, 'size', minimum=2)
     if not isinstance(name, (str, Path)) or not str(name):
         raise ValueError(f'name must be the name of a data set or a folder; got {name!r}')
     device = torch.device(device or default_device())
@@ -1051,3 +1072,6 @@ def export(self:Learner,
     finally:
         self.dls, self.opt = kept
         part.unlink(missing_ok=True)
+
+# %% ../nbs/41_data.ipynb #62ea6c96
+del export    # `patch` leaves None under this name

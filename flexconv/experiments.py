@@ -125,8 +125,8 @@ def resolve_config(experiment,    # name of an experiment, or None
     elif data in known: chosen = known[data]
     elif data in sequence_sets: chosen = known[f'{data}-flextcn2']
     else: chosen = dict(model='flexnet3', epochs=30)               # a folder
-    if model not in (None, chosen.get('model')):                   # what was chosen for another network
-        former = {'sigma'}
-        if chosen.get('model') in model_registry: former |= set(model_registry[chosen['model']].settings)
+    if model not in (None, chosen.get('model')):                   # what suits another network does not count
+        former = {'sigma', 'lr', *(model_registry[chosen['model']].settings if 'model' in chosen else ())}
         chosen = {k: v for k, v in chosen.items() if k not in former}
+        if model in model_registry: chosen |= dict(lr=model_registry[model].lr) | model_registry[model].settings
     return check_config(base_config | chosen | options)

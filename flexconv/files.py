@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,13 +71,17 @@ def bare_model(model):
             return bare_model(model._modules[name])
     return model
 
+def plain_name(name):
+    "The name of a tensor without what `torch.compile` adds, anywhere in a model."
+    return re.sub(r'(^|\.)_orig_mod\.', r'\1', name)
+
 def bare_names(weights, known):
-    "Weights without the prefixes of wrappers, where their names are not `known` as they are."
-    while weights and not set(weights) & set(known):
-        prefix = next((f'{w}.' for w in wrappers if all(name.startswith(f'{w}.') for name in weights)), None)
-        if prefix is None: break
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    "Weights under the names that are `known`, whatever was wrapped when they were saved, or is now."
+    names = {plain_name(name): name for name in known}
+    weights = {plain_name(name): value for name, value in weights.items()}
+    while weights and not set(weights) & set(names) and all(name.startswith('module.') for name in weights):
+        weights = {name.removeprefix('module.'): value for name, value in weights.items()}
+    return {names.get(name, name): value for name, value in weights.items()}
 
 # %% ../nbs/30_files.ipynb #6be3ffaa
 def checksum(weights):
@@ -105,7 +110,8 @@ def save_weights(model,          # its state_dict is saved, without the prefixes
                  about=None,     # what `create_model` shall know of them, see `Trained weights` there: a dict for JSON
                  half=False):    # True: matrices in half precision, for files that are half as large
     "A model's weights as safetensors, with a checksum."
-    weights = {name: v.detach().cpu().contiguous().clone() for name, v in bare_model(model).state_dict().items()}
+    state = {plain_name(name): v for name, v in bare_model(model).state_dict().items()}
+    weights = {name: v.detach().cpu().contiguous().clone() for name, v in state.items()}
     if half:
         weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
     # one entry of metadata: the library writes several in an order that varies, and equal weights make equal files

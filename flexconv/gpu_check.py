@@ -28,7 +28,7 @@ from torch import nn
 import flexconv
 from .conv import conv_nd
 from .correlate import LowRankKernel
-from .costs import builtin_rates, in_tf32, run_seconds
+from .costs import builtin_unit_costs, in_tf32, run_seconds
 from .files import write_atomically
 from .layers import FlexConv1d, FlexConv2d, conv_layers, kernel_sizes, refresh_sizes
 from .official import from_official
@@ -368,18 +368,18 @@ def network_times(place):
 # %% ../nbs/66_gpu_check.ipynb #8a8a5f87
 @check
 def calibration(place):
-    "Rates fitted to this device, and the loss of time by choices with them and with the built-in ones."
-    from flexconv.bench import calibration_cases, choice_loss, fit_rates, measure_methods
+    "Unit costs fitted to this device, and the loss of time by choices with them and with the built-in ones."
+    from flexconv.bench import calibration_cases, choice_loss, fit_unit_costs, measure_methods
     found = {}
     for precision in ('float32',) if place.small else ('float32', 'bfloat16'):
         half = precision != 'float32'
         cases = calibration_cases(half)[-2:] if place.small else None
         rows = measure_methods(place.device, getattr(torch, precision), True, cases=cases, min_time=0.02)
-        builtin = builtin_rates(place.device, precision, 'training')
-        fit = fit_rates(rows, start=builtin)
+        builtin = builtin_unit_costs(place.device, precision, 'training')
+        fit = fit_unit_costs(rows, start=builtin)
         found |= {f'{precision}_fit_loss_percent': 100*choice_loss(rows, fit),
                   f'{precision}_builtin_loss_percent': 100*choice_loss(rows, builtin),
-                  f'{precision}_rates': fit}
+                  f'{precision}_unit_costs': fit}
     return found
 
 # %% ../nbs/66_gpu_check.ipynb #3c3867e7

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from .core import accelerator, at_least_float32, check_choice, check_number, in_functorch, keep_freed_memory
-from .core import forward_ad, per_axis, tracing
+from .core import accelerator, at_least_float32, check_choice, check_int, check_number, in_functorch
+from .core import forward_ad, keep_freed_memory, per_axis, tracing
 
 # %% ../nbs/01_kernels.ipynb #39d3fcf5
 def position_axis(n,              # number of positions
@@ -63,10 +63,10 @@ class KernelNetwork(nn.Module):
                  layers,          # depth: each family says what it counts
                 ):
         super().__init__()
-        self.ndim, = per_axis(ndim, 1, 'ndim')
-        self.out_channels, = per_axis(out_channels, 1, 'out_channels')
-        self.hidden, = per_axis(hidden, 1, 'hidden')
-        self.layers, = per_axis(layers, 1, 'layers')
+        self.ndim = check_int(ndim, 'ndim')
+        self.out_channels = check_int(out_channels, 'out_channels')
+        self.hidden = check_int(hidden, 'hidden')
+        self.layers = check_int(layers, 'layers')
 
     def features(self,
                  points,          # positions `(ndim, N)`
@@ -161,7 +161,7 @@ class SIREN(KernelNetwork):
                  weight_norm=False,   # True: length and direction of the weights are learned apart
                  *, device=None, dtype=None):
         super().__init__(ndim, out_channels, hidden, layers)
-        self.layers, = per_axis(layers, 1, 'layers', minimum=2)
+        self.layers = check_int(layers, 'layers', minimum=2)
         self.omega_0 = check_number(omega_0, 'omega_0', 0)
         widths = [self.ndim] + [self.hidden]*(self.layers-1) + [self.out_channels]
         maps = [PointwiseLinear(i, o, device=device, dtype=dtype) for i, o in zip(widths, widths[1:])]

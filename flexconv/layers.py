@@ -201,7 +201,8 @@ class CKConv(ContinuousKernel):
                  kernel_options=None,   # dict of further arguments for the kernel network
                  init='paper',          # 'paper', or 'fan_in': rescaled to unit variance of the output
                 ):
-        in_channels, out_channels = check_int(in_channels, 'in_channels'), check_int(out_channels, 'out_channels')
+        in_channels = check_int(in_channels, 'in_channels')
+        out_channels = check_int(out_channels, 'out_channels')
         groups = check_int(groups, 'groups')
         for n, name in (in_channels, 'in_channels'), (out_channels, 'out_channels'):
             if n % groups: raise ValueError(f'{name} must be divisible by groups; got {name}={n}, groups={groups}')
@@ -483,7 +484,7 @@ class FlexConv(CKConv):
     @property
     def least(self): return self.mask.threshold
 
-    def mask_reach(self):
+    def mask_support(self):
         "Offsets in time between which the mask has not faded, `(earliest, latest)`."
         step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
         mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
@@ -494,7 +495,7 @@ class FlexConv(CKConv):
         return earliest, 0. if self.causal else -earliest
 
     def reach(self):
-        earliest, latest = self.mask_reach()
+        earliest, latest = self.mask_support()
         if not (self.training and self.size == (1,)): return earliest, latest
         return earliest - 1, 0. if self.causal else latest + 1           # the neighbours get a gradient
 
@@ -503,7 +504,7 @@ class FlexConv(CKConv):
         step, positions = spacing(self.grid_size), self.positions_at(offsets)
         mask = self.mask(positions, step)
         if not (self.training and self.size == (1,)): return values, mask
-        earliest, latest = self.mask_reach()
+        earliest, latest = self.mask_support()
         surrogate = self.mask(positions, [2*s for s in step])
         kept = (offsets >= earliest) & (offsets <= latest)
         return values, torch.where(kept, mask, surrogate - surrogate.detach())
@@ -517,7 +518,7 @@ class FlexConv(CKConv):
         if not (self.training and read_blocks(self.mask.sigma.device)): return self.bounds(), True
         # functional_call puts other tensors here; a parametrized sigma is computed anew at each use, its original stays
         owned = (id(p) for p in (*self.mask.parameters(), *self.mask.buffers()))
-        if self.window.due(grid, tuple(owned)): refresh_sizes(self)
+        if self.window.must_read(grid, tuple(owned)): refresh_sizes(self)
         return self.window.bounds, False
 
     def forward_kernel(self):

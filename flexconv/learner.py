@@ -51,25 +51,28 @@ def model_for(dls,          # fastai `DataLoaders` of images or sequences
 def flex_learner(dls,                 # fastai `DataLoaders`
                  model='flexnet3',    # a model, or the name of one
                  loss_func=None,      # by default that of the data
-                 lr=0.01,             # learning rate of everything but masks
-                 mask_lr=None,        # factor of the learning rate for masks, 0.1 by default; for `MaskAdam` only
+                 lr=None,             # learning rate of all but masks; by default that of a registered model, or 0.01
+                 mask_lr=None,        # factor of it for masks, for `MaskAdam` only; by default as registered, or 0.1
                  metrics=accuracy,    # as in `Learner`
                  cbs=None,            # further callbacks
                  opt_func=None,       # by default `MaskAdam`
                  **kwargs):           # further arguments of `Learner`
     """A fastai `Learner` with masks at a tenth of the learning rate, kernel sizes recorded, and on a GPU read only
     every few steps, and training stopped by a loss that is not finite."""
-    if isinstance(model, str): model = model_for(dls, model)
+    suits = dict(lr=0.01, mask_lr=0.1)
+    if isinstance(model, str):
+        if model in model_registry: suits |= dict(lr=model_registry[model].lr) | model_registry[model].settings
+        model = model_for(dls, model)
+    lr = check_number(suits['lr'] if lr is None else lr, 'lr', 0)
     if opt_func is not None and mask_lr is not None:
         raise ValueError('mask_lr is an argument of MaskAdam; with an opt_func of your own, '
                          'give fit_cosine the rates of both groups, lr=[masks, rest]')
     if 'splitter' in kwargs and opt_func is None:
         raise ValueError('splitter needs an opt_func of your own: MaskAdam takes the groups of split_masks')
-    opt_func = opt_func or partial(MaskAdam, mask_lr=0.1 if mask_lr is None else mask_lr)
+    opt_func = opt_func or partial(MaskAdam, mask_lr=suits['mask_lr'] if mask_lr is None else mask_lr)
     usual = [DevicePrecision(), KernelSizes(), RefreshSizes(), StopNonFinite(), WatchMasks()]
     options = dict(splitter=split_masks) | kwargs
-    return Learner(dls, model, loss_func, opt_func, check_number(lr, 'lr', 0), metrics=metrics, cbs=L(usual) + L(cbs),
-                   **options)
+    return Learner(dls, model, loss_func, opt_func, lr, metrics=metrics, cbs=L(usual) + L(cbs), **options)
 
 # %% ../nbs/44_learner.ipynb #f0c3a1c1
 def cosine_schedule(lr,             # highest learning rate: a number, or an array with one per group
@@ -120,6 +123,9 @@ def fit_cosine(self:Learner,
     self._do_fit = partial(fit_from, self, start_epoch)    # fastai's start_epoch runs callbacks of epochs that it skips
     try: self.fit(epochs, lr=list(rates), cbs=[schedule, *L(cbs)])
     finally: del self._do_fit
+
+# %% ../nbs/44_learner.ipynb #03c44f57
+del fit_cosine    # `patch` leaves None under this name
 
 # %% ../nbs/44_learner.ipynb #3c25f0a6
 def summary_units(module):

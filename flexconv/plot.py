@@ -123,8 +123,8 @@ def show_kernels(model,         # a layer, a network, or a dict of layers by nam
 # %% ../nbs/50_plot.ipynb #b58099ae
 def geometric_means(history):    # `[kernel_sizes(model), ...]`
     "Geometric means over axes of kernel sizes: `{name: [one for each epoch]}`."
-    mean = lambda size: math.prod(size)**(1/len(size)) if size else math.nan            # not of this model, at that time
-    return {name: [mean(sizes.get(name)) for sizes in history] for name in dict(ChainMap(*reversed(history)))}
+    mean = lambda size: math.prod(size)**(1/len(size)) if size else math.nan            # not in the model then
+    return {name: [mean(sizes.get(name)) for sizes in history] for name in ChainMap(*reversed(history))}
 
 def layer_colors(names):
     "A colour for each layer, dark to light from shallow to deep."

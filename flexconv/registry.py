@@ -96,7 +96,7 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
 
 # %% ../nbs/31_registry.ipynb #da4841bc
 def create_model(name,                   # see `list_models`; 'flexnet7.cifar10' means pretrained='cifar10'
-                 in_channels=None,       # channels of the input; by default 3, or as trained; trained weights adapt to others
+                 in_channels=None,       # channels of the input; by default 3, or as trained (weights adapt to others)
                  num_classes=None,       # scores; by default 10 or as trained; others: a new head, untrained; 0: none
                  pretrained=None,        # trained weights: their data, a file, a run folder, a URL; True: the only ones
                  features_only=False,    # True: `FeatureMaps` of the network
@@ -268,7 +268,7 @@ def for_channels(weights, state,        # tensors by name: trained, and of the m
 def load_pretrained(model, weights,
                     channels,    # of the input: the model's, and those that the weights were trained on
                     new_head):   # True: the layer that gives the scores stays as it is
-    "Trained weights into a model; a ValueError where they do not fit."
+    "Load trained weights into a model, adapted to its input channels. A ValueError names what does not fit."
     state = model.state_dict()
     weights = bare_names(weights, state)
     if channels[0] != channels[1]: weights = for_channels(weights, state, *channels)

@@ -316,6 +316,3 @@ def test_NaN_pixels_stop_training():
                          loss_func=nn.CrossEntropyLoss())
     with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteLoss, match='step 1 of 2: the input of this batch'):
         learn.fit(1)
-
-
-def test_enough_rows(): assert len(API) + len(DATA) + len(COMMANDS) >= 60

@@ -155,7 +155,7 @@ def test_what_is_remembered_stays_small(monkeypatch):
         for size in (9, 16, 40): layer(torch.randn(1, 2, size, size))
         assert len(layer.kernel_cache.entry[-1][-1]) == 1
         from flexconv import correlate
-        monkeypatch.setattr(correlate, 'largest_remembered', 10)
+        monkeypatch.setattr(correlate, 'max_cached_numbers', 10)
         x = torch.randn(1, 2, 30, 30)
         y = layer(x)
         assert torch.allclose(y, layer.to_conv()(x), atol=1e-5)

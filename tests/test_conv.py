@@ -220,6 +220,7 @@ def test_everything_of_torch_func(method):
     tangent = torch.randn(*basis.shape, generator=gen, dtype=torch.float64)
     jvp = lambda f: torch.func.jvp(lambda basis: f(x, mix, basis, b), (basis,), (tangent,))[1]
     assert torch.allclose(jvp(ours), jvp(want))
+    assert torch.allclose(torch.func.functionalize(ours)(*args), want(*args))
 
 
 @pytest.mark.parametrize('method', ['direct', 'fft', 'lowrank', 'matmul', 'auto'])
@@ -290,10 +291,10 @@ def in_threads(work, arguments, seconds):
 
 
 def test_threads_that_share_what_is_kept_get_their_own():
-    from flexconv.correlate import remembered
+    from flexconv.correlate import cached_spectrum
     kept = Shared()
     def work(i):
-        value, = remembered(kept, i, 1, lambda: [torch.tensor(i)])
+        value, = cached_spectrum(kept, i, 1, lambda: [torch.tensor(i)])
         assert value.item() == i
     assert in_threads(work, range(4), 1) == [] and len(kept) == 1
 

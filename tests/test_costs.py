@@ -1,14 +1,14 @@
-"Which method is chosen: rates that are fitted, kept and used, and choices that are measured."
+"Which method is chosen: costs that are fitted, kept and used, and choices that are measured."
 import pytest, torch, torch.nn.functional as F
 from flexconv.conv import conv_nd
 from flexconv.costs import estimate_seconds
 
 
-def test_rates_are_fitted_to_what_was_measured():
-    "Times that follow the model exactly give back its rates, and a choice that loses nothing."
-    from flexconv.bench import calibration_case, calibration_cases, choice_loss, fit_rates
-    from flexconv.costs import count_work, rates
-    start = rates['cpu']['float32']['training']
+def test_unit_costs_are_fitted_to_what_was_measured():
+    "Times that follow the model exactly give back its costs, and a choice that loses nothing."
+    from flexconv.bench import calibration_case, calibration_cases, choice_loss, fit_unit_costs
+    from flexconv.costs import count_work, unit_costs
+    start = unit_costs['cpu']['float32']['training']
     factors = (3, 0.5, 2, 1, 0.3, 2, 1, 4)
     truth = {unit: rate*factors[i % 8] for i, (unit, rate) in enumerate(start.items())}
     rows, counted = [], set()
@@ -17,27 +17,27 @@ def test_rates_are_fitted_to_what_was_measured():
         counted |= {unit for units in work.values() for unit, n in units.items() if n and unit in truth}
         rows += [(*case, method, sum(truth.get(unit, 0.)*n for unit, n in units.items()))
                  for method, units in work.items()]
-    fitted = fit_rates(rows)
+    fitted = fit_unit_costs(rows)
     assert choice_loss(rows, fitted) < 0.01
     # three that hardly differ in these shapes
     for unit in counted - {'matmul_transform', 'matmul_product', 'matmul_frequencies'}:
         assert fitted[unit] == pytest.approx(truth[unit], rel=0.2), unit
 
 
-def test_rates_that_were_measured_here_are_used(monkeypatch, tmp_path):
+def test_unit_costs_that_were_measured_here_are_used(monkeypatch, tmp_path):
     from flexconv import costs
-    from flexconv.bench import keep_rates
+    from flexconv.bench import keep_unit_costs
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    costs.calibrated_rates.cache_clear()
+    costs.calibrated_unit_costs.cache_clear()
     case = (1, 2, 9), (2, 2, 3), ((1, 1),)
     builtin = estimate_seconds(*case)
-    keep_rates('cpu', dict(float32=dict(training=dict(direct_call=7.))))
+    keep_unit_costs('cpu', dict(float32=dict(training=dict(direct_call=7.))))
     try: assert estimate_seconds(*case)['direct'] == 7 and estimate_seconds(*case, training=False)['direct'] != 7
     finally:
-        costs.rates_file().write_text('{damaged')
-        costs.calibrated_rates.cache_clear()
+        costs.unit_costs_file().write_text('{damaged')
+        costs.calibrated_unit_costs.cache_clear()
     assert estimate_seconds(*case) == builtin
-    costs.calibrated_rates.cache_clear()
+    costs.calibrated_unit_costs.cache_clear()
 
 
 GPU_CASE = (64, 48, 32, 32), (48, 48)
@@ -78,14 +78,14 @@ def test_choices_on_a_gpu_are_sane(tf32):
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_on_a_gpu_everything_costs_something(ndim):
     "No unit without a rate: a method must not seem to be free."
-    from flexconv.costs import count_work, rates
+    from flexconv.costs import count_work, unit_costs
     for groups, last, stride in ((1, False, 1), (1, True, 1), (8, False, 1), (1, False, 2), (8, True, 2)):
         for n in (3, 17):
             shapes = (4, 8, *[32]*ndim), (8, 8//groups, *[n]*ndim), ((n//2, n//2),)*ndim
             work = count_work(*shapes, stride=(stride,)*ndim, rank=33, channels_last=last)
             needed = {unit for units in work.values() for unit, k in units.items() if k} - {'matmul_frequencies'}
             for device in ('cuda', 'h200'):
-                for by_mode in rates[device].values():
+                for by_mode in unit_costs[device].values():
                     for rate in by_mode.values(): assert all(rate.get(unit, 0) > 0 for unit in needed)
 
 

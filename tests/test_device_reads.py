@@ -172,7 +172,7 @@ def test_within_the_bound_no_position_is_cut(n, causal, start, random):
         sigma = (edge + 1)/cutoff if causal else edge/cutoff
         bounds = (crop_axis(n, float(causal), sigma, cutoff, causal),)
         place = cutoff*sigma - 1 if causal else cutoff*sigma
-        if window.due((n,)):
+        if window.must_read((n,)):
             assert window.update(bounds, (n,), (place,)) == 0
             readings.append((i, place))
             if len(readings) > 1:

@@ -338,6 +338,17 @@ def test_labelled_images(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='is no folder'): labelled_images(tmp_path/'nowhere', ['a'])
 
 
+def test_images_that_were_trained_on_are_known_wherever_they_lie(folder, tmp_path):
+    "An undivided folder whose images were moved into train and val later."
+    record = get_dls(folder, bs=4).record
+    for name in ('cat', 'dog', 'emu'): shutil.copytree(folder/name, tmp_path/'moved'/'val'/name)
+    for f in pictures(2, 'cat', 'dog', 'emu'): write(tmp_path/'moved'/'train', [f])
+    with pytest.warns(RuntimeWarning, match='was trained on 24 of 30 of these images'):
+        labelled_images(tmp_path/'moved', ['cat', 'dog', 'emu'], record)
+    later = dict(files=dict(train={}, valid={f'val/{f}': n for f, n in record['files']['train'].items()}))
+    assert trained_on(later, record).startswith('24 of 24 validation images')
+
+
 # Test sets
 
 def test_labels_are_numbers_or_names():
@@ -676,6 +687,19 @@ def test_files_without_the_name_of_an_image_are_named(tmp_path):
 def test_a_folder_that_looks_like_a_split_is_no_class(name, tmp_path):
     path = write(tmp_path/'d', pictures(3, 'cat', 'dog', name))
     with pytest.raises(ValueError, match=f'holds {name}, which is no class .* train, training, valid'): divide(path)
+
+
+@pytest.mark.parametrize('names', ['trainA trainB testA testB', 'train2017 val2017', 'X_train X_test', 'trn tst',
+                                   'my_train my_val', 'train-1 test-1', 'training_a testing_a'])
+def test_parts_of_names_that_say_splits(names, tmp_path):
+    path = write(tmp_path/'d', pictures(3, *names.split()))
+    with pytest.raises(ValueError, match=f'holds {sorted(names.split())[0]}, .*, which is no class'): divide(path)
+
+
+@pytest.mark.parametrize('names', ['tram train trolley', 'contest latest train', 'valley hill'])
+def test_names_of_classes_that_resemble_splits(names, tmp_path):
+    path = write(tmp_path/'d', pictures(3, *(n for n in names.split() if n != 'train')))
+    assert len(divide(path)[1]) == len(set(names.split()) - {'train'})
 
 
 @pytest.mark.parametrize('kind', ['png', 'jpg', 'tiff', 'webp'])

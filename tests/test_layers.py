@@ -80,8 +80,8 @@ def test_contract_causal(taps, options):
     layer = FlexConv1d(4, 8, taps, causal=True, sigma=0.5 if taps > 2 else 2., **options)
     if taps == 1:                                     # one position: nothing for a mask to learn
         for p in layer.mask.parameters(): p.requires_grad_(False)
-        y = layer(torch.randn(INPUTS[1]))
-        return y.sum().backward()
+        x = torch.randn(INPUTS[1])
+        return torch.testing.assert_close(layer(x), layer.to_conv()(x))
     check_layer(layer, torch.randn(INPUTS[1]))
 
 

@@ -37,6 +37,13 @@ def test_all_gives_everything():
     assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
 
 
+def test_no_name_hides_one_of_fastai():
+    "A notebook that imports both has fastai's `Transform`, and ours under names of their own."
+    ours, theirs = import_module('flexconv.all'), import_module('fastai.vision.all')
+    hidden = [n for n, v in vars(ours).items() if getattr(theirs, n, v) is not v and not n.startswith('_')]
+    assert not [n for n in hidden if str(getattr(vars(ours)[n], '__module__', '')).startswith('flexconv')]
+
+
 def test_imports_point_to_lower_numbers():
     order = {re.search(r'#\| default_exp (\w+)', text).group(1): i for i, nb in enumerate(NOTEBOOKS)
              if (text := ''.join(''.join(c['source']) + '\n' for c in json.loads(nb.read_text())['cells']))

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, safetensors.torch, torch
 from flexconv import FlexConv1d, FlexConv2d
 from flexconv.files import load_weights, read_csv, read_weights, save_weights, write_atomically
+from flexconv.registry import create_model
 from helpers import BIN, ENV, call, run
 
 HERE = Path(__file__).parent
@@ -326,3 +327,15 @@ def test_batches_must_be_shared_evenly(tmp_path):
     process = launch('--epochs', 1, '--width', 4, '--max_items', 128, '--bs', 33, '--out', tmp_path/'run')
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and 'bs must be divisible by the number of processes, 2; got 33' in err
+
+
+def test_names_of_weights_are_those_of_the_plain_model(tmp_path):
+    "Saved from and loaded into models of which a part is compiled."
+    plain, compiled = (create_model('flexnet3', 1, 4, width=4, kernel_size=9) for _ in range(2))
+    compiled.blocks = torch.compile(compiled.blocks)
+    save_weights(compiled, tmp_path/'a')
+    load_weights(plain, tmp_path/'a')
+    save_weights(plain, tmp_path/'b')
+    load_weights(compiled, tmp_path/'b')
+    assert (tmp_path/'a').read_bytes() == (tmp_path/'b').read_bytes()
+    assert sorted(read_weights(tmp_path/'a')[0]) == sorted(plain.state_dict())
