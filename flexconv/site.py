@@ -208,12 +208,14 @@ def one_header_row(html):
 # %% ../nbs/91_site.ipynb #bdaf10bc
 class ApiPages(Processor):
     "The last step of making a page from a notebook: order of entries, folded sources, links to entries only."
-    longest = 15          # lines of a source that stays open
+    longest, widest = 15, 88     # lines of a source that stays open, and characters of a line
 
     def begin(self):
         self.nb.cells = self.in_order(self.nb.cells)
         for cell in self.nb.cells:
-            if cell.cell_type == 'code' and cell.source.count('\n') > self.longest:
+            lines = [line for line in cell.source.split('\n') if not line.startswith('#|')]
+            is_large = len(lines) > self.longest or max(map(len, lines), default=0) > self.widest
+            if cell.cell_type == 'code' and is_large:
                 cell.source = cell.source.replace('#| code-fold: show', '#| code-fold: true', 1)
             if cell.cell_type == 'markdown': cell.source = self.link_entries(cell.source)
             for output in cell.get('outputs', []):

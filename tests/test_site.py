@@ -363,9 +363,14 @@ def test_the_body_is_wide_enough_for_the_code():
 
 
 def wide_lines(cells):
-    "Lines over 88 characters, directives aside, of code that is neither hidden nor exported."
-    for lines in [''.join(c['source']).splitlines() for c in cells if c['cell_type'] == 'code']:
-        if any(re.match(r'#\| *(hide|export[si]?|echo: *false)\b', line) for line in lines): continue
+    """Lines over 88 characters, directives aside: of code that is neither hidden nor exported, and of the blocks of code
+    in texts."""
+    for cell in cells:
+        lines = ''.join(cell['source']).splitlines()
+        if cell['cell_type'] == 'markdown':
+            lines = [line for block in re.findall(r'^```\w*\n(.*?)^```', '\n'.join(lines), re.M | re.S)
+                     for line in block.splitlines()]
+        elif any(re.match(r'#\| *(hide|export[si]?|echo: *false)\b', line) for line in lines): continue
         yield from (line for line in lines if len(line) > 88 and not line.startswith('#|'))
 
 
