@@ -441,7 +441,7 @@ class DataSet:
                  train_x, train_y, test_x, test_y,    # uint8 `(N, C, H, W)`, or sequences `(N, C, L)`; int64 `(N,)`
                  vocab,                               # names of the classes
                  stats,                               # (mean, std), each one number per channel, of images in [0, 1]
-                 augment=False,                       # is it usually augmented?
+                 augment=False,                       # True: usually trained with crops and flips
                  sequence=None):                      # a `ToSequence`, for sets of sequences
         store_attr()
 
@@ -841,7 +841,7 @@ def folder_record(path,              # a folder of images
                   size=None,         # height and width, in pixels; by default that of the images
                   valid_pct=None,    # validate on this part of the training images
                   seed=0,            # of `valid_pct`
-                  augment=False):    # random crops and flips of the training images?
+                  augment=False):    # True: random crops and flips of the training images
     "The record of a folder of images. A ValueError says what is not understood or cannot be read."
     path = Path(path)
     train, valid = divide(path, valid_pct, seed)
@@ -879,7 +879,7 @@ def record_dls(record,         # of `dls.record`
                bs=64,          # batch size
                *,
                device=None,    # by default fastai's default device
-               plain=False):   # batches of plain tensors?
+               plain=False):   # True: batches of plain tensors
     "`DataLoaders` of a record. A ValueError where the folder is not as it was."
     device, classes = torch.device(device or default_device()), record['classes']
     if path is not None: check_record(record, path)
@@ -1023,12 +1023,12 @@ def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (s
             bs=64,              # batch size
             size=None,          # resize to this height and width, in pixels
             *,
-            augment=None,       # random crops and flips? by default as is usual for the data set
+            augment=None,       # True: random crops and flips; by default as is usual for the data set
             valid_pct=None,     # part held out for validation; by default the test set (0.2 of an undivided folder)
             max_items=None,     # train on this many random items only
             seed=0,             # of `valid_pct`, `max_items`, and of the permutation or noise of a sequence set
             device=None,        # by default fastai's default device
-            plain=False):       # batches of plain tensors, for loops in plain PyTorch? by default of fastai's types
+            plain=False):       # True: batches of plain tensors, for loops in plain PyTorch; else fastai's types
     "fastai `DataLoaders` of a data set by name. A ValueError for unknown names, a FileNotFoundError for missing data."
     bs = check_int(bs, 'bs')
     if size is not None: size = check_int(size, 'size', minimum=2)

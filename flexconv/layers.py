@@ -32,7 +32,7 @@ from .cache import KernelCache, Window, may_reuse
 # %% ../nbs/21_layers.ipynb #cbc62b9f
 def scaled_size(size,      # positions per axis at the resolution of training, a tuple
                 scale,     # new sampling rate / that of training
-                causal):   # may sizes be even?
+                causal):   # True: sizes may be even
     """Positions per axis at another resolution: `(n - 1)*scale + 1`, rounded to the nearest odd number,
     or for causal kernels to the nearest (ties go up)."""
     half = 1 if causal else 2

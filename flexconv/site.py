@@ -32,7 +32,7 @@ def _shown_default(value):
     return _Shown(value) if hasattr(value, '__name__') and value is not inspect._empty else value
 
 def is_function_class(thing):
-    "Is this an autograd function, whose arguments are those of its `forward`?"
+    "True for an autograd function: its arguments are those of its `forward`."
     return inspect.isclass(thing) and issubclass(thing, torch.autograd.Function)
 
 def shown_signature(thing):   # a function, a class, or a property
