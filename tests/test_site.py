@@ -363,8 +363,8 @@ def test_the_body_is_wide_enough_for_the_code():
 
 
 def wide_lines(cells):
-    """Lines over 88 characters, directives aside: of code that is neither hidden nor exported, and of the blocks of code
-    in texts."""
+    """Lines over 88 characters, directives aside: of code that is neither hidden nor exported,
+    and of the blocks of code in texts."""
     for cell in cells:
         lines = ''.join(cell['source']).splitlines()
         if cell['cell_type'] == 'markdown':
