@@ -256,8 +256,9 @@ def for_channels(weights, state,        # tensors by name: trained, and of the m
     "Trained weights for other channels of the input: added up for one, repeated and scaled for several."
     def adapted(w, like):
         differ = [i for i, (a, b) in enumerate(zip(w.shape, like.shape)) if a != b]
-        if len(differ) != 1 or w.ndim != like.ndim or w.shape[differ[0]] % trained: return w   # not of the first layer
-        i, = differ
+        if len(differ) != 1 or w.ndim != like.ndim: return w
+        i = differ[0]
+        if w.shape[i]*channels != like.shape[i]*trained: return w         # not of the first layer
         w = w.unflatten(i, (-1, trained))                                 # of kernel networks: (O*I, ...)
         if channels == 1: w = w.sum(i+1, keepdim=True)
         else: w = w.index_select(i+1, torch.arange(channels) % trained)*(trained/channels)

@@ -77,7 +77,7 @@ def test_choices_on_a_gpu_are_sane(tf32):
 
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_on_a_gpu_everything_costs_something(ndim):
-    "No unit without a rate: a method must not seem to be free."
+    "No unit without a cost: a method must not seem to be free."
     from flexconv.costs import count_work, unit_costs
     for groups, last, stride in ((1, False, 1), (1, True, 1), (8, False, 1), (1, False, 2), (8, True, 2)):
         for n in (3, 17):

@@ -696,10 +696,10 @@ def test_parts_of_names_that_say_splits(names, tmp_path):
     with pytest.raises(ValueError, match=f'holds {sorted(names.split())[0]}, .*, which is no class'): divide(path)
 
 
-@pytest.mark.parametrize('names', ['tram train trolley', 'contest latest train', 'valley hill'])
+@pytest.mark.parametrize('names', ['tram trolley', 'contest latest', 'valley hill'])
 def test_names_of_classes_that_resemble_splits(names, tmp_path):
-    path = write(tmp_path/'d', pictures(3, *(n for n in names.split() if n != 'train')))
-    assert len(divide(path)[1]) == len(set(names.split()) - {'train'})
+    path = write(tmp_path/'d', pictures(3, *names.split()))
+    assert len(divide(path)[1]) == 2                                  # one of each class
 
 
 @pytest.mark.parametrize('kind', ['png', 'jpg', 'tiff', 'webp'])

@@ -58,7 +58,7 @@ def test_both_spellings_and_a_new_head():
 @pytest.mark.parametrize('wrong,words', [
     (dict(name='flexnet7.imagenet'), "a trained version of flexnet7 ('cifar10')"),
     (dict(name='flexnet3.cifar10'), 'none comes with the package'),
-    (dict(name='flexnet7.cifar10', width=8), 'must have shape'),
+    (dict(name='flexnet7.cifar10', width=8), 'stem.bias must have shape (8,); got (24,)'),
     (dict(name='flexnet9.cifar10'), "Did you mean 'flexnet"), (dict(name='flexnet7', pretrained=3), 'got 3')])
 def test_wrong_weights_are_named(wrong, words):
     with pytest.raises(ValueError) as e: create_model(**wrong)
@@ -76,7 +76,7 @@ def test_trained_weights_adapt_to_other_channels(name):
         assert torch.allclose(got, want, atol=2e-3*want.abs().max()), channels
 
 
-def test_the_only_weights_are_those_of_the_first_layer():
+def test_only_the_first_layer_adapts_to_other_channels():
     net, colours = create_model('flexnet7.cifar10', 4), create_model('flexnet7.cifar10')
     changed = [n for n, v in net.state_dict().items() if v.shape != colours.state_dict()[n].shape]
     assert changed == ['stem.kernel_network.output_linear.weight', 'stem.kernel_network.output_linear.bias']
