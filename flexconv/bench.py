@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from time import perf_counter
 
 # %% ../nbs/62_bench.ipynb #7b707ea2
 import torch
@@ -26,7 +27,7 @@ from .costs import builtin_unit_costs, calibrated_unit_costs, count_work, estima
 from .costs import find_unit_costs, run_seconds, unit_costs, unit_costs_file
 from .correlate import LowRankKernel
 from .conv import conv_nd, padding_pairs
-from .layers import FlexConv1d, FlexConv2d, conv_layers, sample
+from .layers import FlexConv1d, FlexConv2d, conv_layers, refresh_sizes, sample
 from .registry import create_model
 from .flexnet import plain_conv2d
 from .export import bake
@@ -266,6 +267,32 @@ def bench_memory(device='cpu', quick=False):
                 seconds = run_seconds(step)
                 yield row('FlexConv2d 48-48', setting, method, seconds, memory=peak_memory(step))
 
+# %% ../nbs/62_bench.ipynb #8870b688
+def as_one_program(model, **options):
+    "A network of a method that can be compiled as one program, its sizes read before."
+    refresh_sizes(model)
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, **options)
+
+# %% ../nbs/62_bench.ipynb #eddf4410
+def bench_compiled(device='cpu', quick=False):
+    "A training step of a compiled FlexNet, and the first one, which compiles it."
+    cases = [('FlexNet-3', method, batch) for method in ('direct', 'matmul') for batch in (8, 64)]
+    if not quick: cases.append(('FlexNet-7', 'matmul', 64))
+    for name, method, batch in cases:
+        x, target = image_batch(batch, device)
+        model = name.lower().replace('-', '')
+        net = create_model(model, conv_method=method).to(device)
+        chooses = create_model(model).to(device)
+        others = {f'eager, {method}': train_step(copy.deepcopy(net), x, target),
+                  'eager, auto': train_step(chooses, x, target)}
+        what, setting = f'{name} compiled', f'batch {batch}, {method}'
+        compiled = train_step(as_one_program(net, dynamic=False), x, target)
+        start = perf_counter()
+        compiled()
+        yield row(what, setting, 'first', perf_counter() - start)
+        yield from compare(what, setting, 'train', compiled, others, 1.)
+
 # %% ../nbs/62_bench.ipynb #939b51ba
 def bench_long(device='cpu', quick=False):
     "A causal FlexConv1d of 16 channels whose kernel spans the whole sequence, forward and backward."
@@ -423,7 +450,7 @@ def calibrate_unit_costs(device='cpu', precisions=('float32', 'bfloat16'), progr
 
 # %% ../nbs/62_bench.ipynb #d7f8abb4
 benchmarks = dict(layers=bench_layers, depthwise=bench_depthwise, networks=bench_networks, half=bench_half,
-                  memory=bench_memory, long=bench_long)
+                  memory=bench_memory, long=bench_long, compiled=bench_compiled)
 
 def machine(device):
     "Where a benchmark was run, in a line."
@@ -473,7 +500,7 @@ def estimate_table(device):
 @call_parse
 @user_errors
 def flexconv_bench(
-    what:str='all',           # layers, depthwise, networks, half, memory, long, or all
+    what:str='all',           # layers, depthwise, networks, half, memory, long, compiled, or all
     out:str='bench.csv',      # File to write
     quick:bool=False,         # Leave out competitors that take minutes
     device:str='cpu',         # cpu, or cuda
@@ -483,7 +510,7 @@ def flexconv_bench(
 ):
     """Measure FlexConv against its alternatives: prints a table and saves it.
     Ratios above 1 say how many times faster ours is. Nothing else should run on the machine.
-    About 25 minutes on two cores; with --quick, --what networks takes six."""
+    About 35 minutes on two cores; with --quick, --what networks takes six."""
     check_choice(what, ('all', *benchmarks), 'what')
     check_device(device)
     if threads is not None: torch.set_num_threads(check_int(threads, 'threads'))
