@@ -168,6 +168,32 @@ class ContinuousKernel(nn.Module):
         k = self.sample_kernel(self.bounds())
         return k.dense().to(self.first_parameter().dtype) if isinstance(k, LowRankKernel) else k
 
+    @property
+    def least(self):
+        "The smallest value of the mask; 1 where there is none."
+        return 1.
+
+    def reach(self):
+        "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
+        span, rounding = self.grid_size[0] - 1, 1e-4
+        return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
+
+    def positions_at(self, offsets):
+        "The kernel's positions `(1, *offsets)` for offsets in time."
+        return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
+
+    def kernel_at(self, offsets):
+        """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
+        None."""
+        positions = self.positions_at(offsets).flatten(1)                              # (1, P)
+        if self.can_factor:
+            mix, basis = sample(self.kernel_network, positions, factored=True)
+            self.check_values(mix)
+            return (mix.unflatten(0, self.shape)*self.cell_volume, basis.unflatten(1, offsets.shape)), None
+        values = sample(self.kernel_network, positions)                                # (channels, P)
+        self.check_values(values)
+        return values.unflatten(1, offsets.shape).unflatten(0, self.shape)*self.cell_volume, None
+
 # %% ../nbs/21_layers.ipynb #77d6234f
 class CausalConv1d(nn.Conv1d):
     "`nn.Conv1d` with all of its padding before the input, so that output t sees inputs up to t."
@@ -299,32 +325,6 @@ class CKConv(ContinuousKernel):
             raise TypeError(f'x and weight must have one floating-point dtype; got {x.dtype} and {weight.dtype}')
         if at is None and isinstance(t, torch.Tensor): at = t[..., ::self.stride[0]]
         return conv_at_times(x, t, self.kernel_at, self.reach(), self.bias, self.groups, at=at, present=present)
-
-    @property
-    def least(self):
-        "The smallest value of the mask; 1 where there is none."
-        return 1.
-
-    def reach(self):
-        "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
-        span, rounding = self.grid_size[0] - 1, 1e-4
-        return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
-
-    def positions_at(self, offsets):
-        "The kernel's positions `(1, *offsets)` for offsets in time."
-        return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
-
-    def kernel_at(self, offsets):
-        """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
-        None."""
-        positions = self.positions_at(offsets).flatten(1)                              # (1, P)
-        if self.can_factor:
-            mix, basis = sample(self.kernel_network, positions, factored=True)
-            self.check_values(mix)
-            return (mix.unflatten(0, self.shape)*self.cell_volume, basis.unflatten(1, offsets.shape)), None
-        values = sample(self.kernel_network, positions)                                # (channels, P)
-        self.check_values(values)
-        return values.unflatten(1, offsets.shape).unflatten(0, self.shape)*self.cell_volume, None
 
     def method(self,
                x,       # as in `forward`

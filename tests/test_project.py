@@ -53,6 +53,19 @@ def test_imports_point_to_lower_numbers():
             assert order[other] < i, (name, other)
 
 
+def test_examples_use_what_earlier_pages_define():
+    "A page may import its own module before it defines it, so that it can show first what it is about."
+    numbers = {page.stem[3:]: int(page.stem[:2]) for page in NOTEBOOKS if re.match(r'\d\d_', page.stem)}
+    found = []
+    for page in NOTEBOOKS:
+        if not re.match(r'\d\d_', page.stem): continue
+        for cell in json.loads(page.read_text())['cells']:
+            if cell['cell_type'] != 'code': continue
+            for other in re.findall(r'(?:from|import) flexconv\.(\w+)', ''.join(cell['source'])):
+                if numbers.get(other, 0) > int(page.stem[:2]): found.append((page.stem, other))
+    assert len(numbers) > 40 and not found
+
+
 @pytest.mark.parametrize('module', MODULES)
 def test_every_public_name_has_a_docstring(module):
     m = import_module(f'flexconv.{module}')

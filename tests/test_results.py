@@ -11,7 +11,7 @@ def cells(page):
     return [c for c in json.loads((PAGES/f'{page}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
 
 
-def run(source, space):
+def value_of(source, space):
     "Run a cell; the value of its last expression, or None."
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -27,7 +27,7 @@ def test_tables_are_those_of_the_files(monkeypatch):
     monkeypatch.chdir(PAGES)
     space, tables = {}, 0
     for cell in cells('results'):
-        value = run(python_of(cell), space)
+        value = value_of(python_of(cell), space)
         if not isinstance(value, pd.DataFrame): continue
         stored, = (o['data']['text/html'] for o in cell['outputs'] if 'data' in o)
         stored = re.sub(r'\s+', ' ', re.sub(r'<style.*?</style>', '', ''.join(stored), flags=re.S))
@@ -43,7 +43,7 @@ def test_no_file_no_number(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     space, seen = {}, 0
     for cell in cells('results'):
-        value = run(python_of(cell), space)
+        value = value_of(python_of(cell), space)
         if not isinstance(value, pd.DataFrame): continue
         for column in value:
             if 'measured' in column:
