@@ -156,7 +156,8 @@ def new_folder(out,       # what the user asked for, or None
     if out is not None:
         if not out: raise ValueError("out must name a folder; got ''")
         folder = Path(out)
-        if folder.is_file(): raise ValueError(f'out must name a folder; {folder} is a file')
+        files = [p for p in (folder, *folder.parents) if p.is_file()]
+        if files: raise ValueError(f'out must name a folder; {files[0]} is a file')
         if (folder/'config.json').exists() or has_checkpoint(folder):
             raise ValueError(f'out must not hold a run already; {folder} does. '
                              f'Go on with it by --resume {shlex.quote(str(folder))}, or name another folder')

@@ -292,8 +292,18 @@ def show_results(x:TensorSequence, y:TensorCategory, samples, outs, ctxs=None, m
         predicted.show(ctx=ctx, color='green' if predicted == label else 'red')
     return ctxs
 
+def show_predictions(x:TensorImage, y:type(None), samples, outs, ctxs=None, max_n=9, **kwargs):
+    "What `learn.show_results` shows of images without labels: the predicted classes."
+    ctxs = show_batch(x, y, samples, ctxs, max_n, **kwargs)
+    return [predicted.show(ctx=ctx) for (predicted, *_), ctx in zip(outs, ctxs)]
+
+def show_predictions_of_sequences(x:TensorSequence, y:type(None), *args, **kwargs):
+    return show_predictions(x, y, *args, **kwargs)
+
 register_display(show_batch, fastai.data.core.show_batch)
 register_display(show_results, fastai.data.core.show_results)
+register_display(show_predictions, fastai.data.core.show_results)
+register_display(show_predictions_of_sequences, fastai.data.core.show_results)
 
 # %% ../nbs/41_data.ipynb #7e2d8567
 def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,

@@ -273,6 +273,15 @@ def test_wrong_commands(name, options, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), 'nothing may be left behind'
 
 
+def test_out_below_a_file(tmp_path):
+    file = tmp_path/'notes.txt'
+    file.write_text('mine')
+    for out in file, file/'run', file/'deep/run':
+        _, err = command('flexconv_train', out=str(out))
+        assert f'out must name a folder; {file} is a file' in err
+    assert file.read_text() == 'mine'
+
+
 def test_wrong_commands_on_runs(finished, tmp_path):
     "An existing run as output, options beside --resume, foreign and damaged runs, sizes and formats."
     for name, args, options, words in [

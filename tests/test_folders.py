@@ -426,6 +426,9 @@ def test_top_losses_and_results_show_the_sets_own_pictures(kind, folder, tmp_pat
         assert {ax.get_title() for ax in shown} <= set(map(str, dls.vocab))
         dls.test_dl([x for x, _ in items]).show_batch()                                           # no labels
         assert [ax.get_title() for ax in plt.gcf().axes if ax.lines] == ['']*4
+    with learn.no_bar(): learn.show_results(dl=dls.test_dl([x for x, _ in items]))                # no labels
+    guesses = [str(dls.vocab[i]) for i in net(own).argmax(1)]
+    assert [ax.get_title() for ax in plt.gcf().axes if ax.get_title()] == guesses
     plt.close('all')
 
 
