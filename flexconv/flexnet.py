@@ -11,6 +11,7 @@ __all__ = ['Dropout', 'ResidualBlock', 'FlexNet', 'TemporalBlock', 'FlexTCN', 'f
 import torch
 from torch import nn
 from .core import check_int, check_number
+from .crop import paper_sigma
 from .layers import CKConv1d, CKConv2d, CausalConv1d, FlexConv1d, FlexConv2d
 from .registry import Classifier, create_model, list_models, register_model
 
@@ -142,7 +143,7 @@ class FlexTCN(Classifier):
         in_channels = check_int(in_channels, 'in_channels')
         blocks, width = check_int(blocks, 'blocks'), check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
-        if conv is FlexConv1d and 'size' not in conv_options: conv_options.setdefault('sigma', 0.075)
+        if conv is FlexConv1d and 'size' not in conv_options: conv_options.setdefault('sigma', paper_sigma)
         new_conv = lambda i, o: conv(i, o, kernel_size, causal=True, **conv_options)
         shortcut = lambda i, o: nn.Conv1d(i, o, 1)
         small = small_conv(small_kernel, 1, causal=True)

@@ -10,7 +10,7 @@ __all__ = ['SMPConv', 'SMPConv1d', 'SMPConv2d', 'smpnet7', 'smptcn2', 'smptcn6',
 import torch
 from torch import nn
 from .core import check_int, check_number, tracing
-from .crop import crop_axis
+from .crop import crop_axis, paper_sigma
 from .layers import CKConv, FlexConv1d, FlexConv2d
 from .smp import SMPKernel     # registers 'smp' and 'smp_separate'
 from .registry import Classifier, register_model
@@ -145,7 +145,7 @@ class CCNN(Classifier):
         if ndim not in (1, 2): raise ValueError(f'ndim must be 1 or 2; got {ndim!r}')
         check_number(dropout, 'dropout', 0, 1, closed=True)
         if kernel_size is None: kernel_size = {1: 784, 2: 33}[ndim]
-        if ndim == 1 and 'size' not in conv_options: conv_options.setdefault('sigma', 0.075)
+        if ndim == 1 and 'size' not in conv_options: conv_options.setdefault('sigma', paper_sigma)
         options = dict(init='fan_in', causal=ndim == 1) | conv_options
         options['kernel_options'] = dict(hidden=hidden) | (kernel_options or {})
         self.stem = separable_conv(in_channels, width, ndim, kernel_size, **options)
