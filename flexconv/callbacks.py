@@ -108,9 +108,9 @@ def kernel_in_window(layer):
 
 def sampled_kernel(layer):
     "The kernel of a layer, perhaps with zeros around it: in training, no size is read from a GPU."
-    blocks = read_blocks(layer.first_parameter().device)
+    waits = read_blocks(layer.first_parameter().device)
     has_window = hasattr(layer, 'window') and layer.window.fits(layer.grid_size)
-    return kernel_in_window(layer) if blocks and has_window and layer.training else layer.kernel()
+    return kernel_in_window(layer) if waits and has_window and layer.training else layer.kernel()
 
 # %% ../nbs/43_callbacks.ipynb #67062369
 def kernel_norm(model,          # a layer, or a network that contains some

@@ -298,6 +298,7 @@ def show_predictions(x:TensorImage, y:type(None), samples, outs, ctxs=None, max_
     return [predicted.show(ctx=ctx) for (predicted, *_), ctx in zip(outs, ctxs)]
 
 def show_predictions_of_sequences(x:TensorSequence, y:type(None), *args, **kwargs):
+    "The same for sequences: a function is registered for one type, as a union would be no more special than fastai's."
     return show_predictions(x, y, *args, **kwargs)
 
 register_display(show_batch, fastai.data.core.show_batch)

@@ -168,11 +168,6 @@ class ContinuousKernel(nn.Module):
         k = self.sample_kernel(self.bounds())
         return k.dense().to(self.first_parameter().dtype) if isinstance(k, LowRankKernel) else k
 
-    @property
-    def least(self):
-        "The smallest value of the mask; 1 where there is none."
-        return 1.
-
     def reach(self):
         "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
         span, rounding = self.grid_size[0] - 1, 1e-4
@@ -325,6 +320,11 @@ class CKConv(ContinuousKernel):
             raise TypeError(f'x and weight must have one floating-point dtype; got {x.dtype} and {weight.dtype}')
         if at is None and isinstance(t, torch.Tensor): at = t[..., ::self.stride[0]]
         return conv_at_times(x, t, self.kernel_at, self.reach(), self.bias, self.groups, at=at, present=present)
+
+    @property
+    def least(self):
+        "The smallest value of the mask; 1 where there is none."
+        return 1.
 
     def method(self,
                x,       # as in `forward`

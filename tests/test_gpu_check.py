@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 NEED_CUDA = {'no_waiting', 'cuda_graph', 'reduce_overhead'}
 
 
-def check_in(out, *options):
+def run_checks(out, *options):
     env = os.environ | dict(PYTHON=sys.executable, OMP_NUM_THREADS='1')
     command = [ROOT/'tools'/'gpu_check.sh', '--device', 'cpu', '--small', '--out', out, *options]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(out).parent)
@@ -16,7 +16,7 @@ def check_in(out, *options):
 def test_every_check_runs_on_a_cpu_and_is_not_repeated(tmp_path):
     "From a plain checkout, in another folder; about half a minute of one core."
     out = tmp_path/'report.json'
-    first = check_in(out, '--minutes', '60')
+    first = run_checks(out, '--minutes', '60')
     assert first.returncode == 0, first.stdout + first.stderr
     report = json.loads(out.read_text())
     assert {name for name, r in report['checks'].items() if r['state'] == 'skipped'} == NEED_CUDA
@@ -26,7 +26,7 @@ def test_every_check_runs_on_a_cpu_and_is_not_repeated(tmp_path):
     assert passed['cifar10']['figures']['batch4_data'] == 'random images'
     text = out.with_suffix('.md').read_text()
     assert all(f'| {name} | passed |' in text for name in passed)
-    again = check_in(out)
+    again = run_checks(out)
     assert again.returncode == 0 and not again.stdout and json.loads(out.read_text()) == report
 
 
