@@ -10,7 +10,6 @@ import copy, json, os, platform, statistics, types
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from time import perf_counter
 
 # %% ../nbs/62_bench.ipynb #7b707ea2
@@ -32,7 +31,7 @@ from .registry import create_model
 from .flexnet import plain_conv2d
 from .export import bake
 from .cli import check_device, user_errors
-from .files import write_atomically, write_csv
+from .files import output_path, write_atomically, write_csv
 
 # %% ../nbs/62_bench.ipynb #d0b5fbee
 def sampled_as_published(layer):
@@ -277,16 +276,15 @@ def as_one_program(model, **options):
 # %% ../nbs/62_bench.ipynb #eddf4410
 def bench_compiled(device='cpu', quick=False):
     "The first training step of a compiled FlexNet, which compiles it, and later ones against eager ones."
-    cases = [('FlexNet-3', method, batch) for method in ('direct', 'matmul') for batch in (8, 64)]
-    if not quick: cases.append(('FlexNet-7', 'matmul', 64))
+    cases = [('flexnet3', method, batch) for method in ('direct', 'matmul') for batch in (8, 64)]
+    if not quick: cases.append(('flexnet7', 'matmul', 64))
     for name, method, batch in cases:
         x, target = image_batch(batch, device)
-        model = name.lower().replace('-', '')
-        net = create_model(model, conv_method=method).to(device)
-        chooses = create_model(model).to(device)
+        net = create_model(name, conv_method=method).to(device)
+        chooses = create_model(name).to(device)
         others = {f'eager, {method}': train_step(copy.deepcopy(net), x, target),
                   'eager, auto': train_step(chooses, x, target)}
-        what, setting = f'{name} compiled', f'batch {batch}, {method}'
+        what, setting = name.replace('flexnet', 'FlexNet-') + ' compiled', f'batch {batch}, {method}'
         compiled = train_step(as_one_program(net, dynamic=False), x, target)
         start = perf_counter()
         compiled()
@@ -510,14 +508,16 @@ def flexconv_bench(
 ):
     """Measure FlexConv against its alternatives: prints a table and saves it.
     Ratios above 1 say how many times faster ours is. Nothing else should run on the machine.
-    About 35 minutes on two cores; with --quick, --what networks takes six."""
+    About 40 minutes on two cores; with --quick, --what networks takes six."""
     check_choice(what, ('all', *benchmarks), 'what')
     check_device(device)
+    out = output_path(out, 'out', file=True)
     if threads is not None: torch.set_num_threads(check_int(threads, 'threads'))
     torch.manual_seed(0)
     keep_freed_memory()
     if calibrate: return print_table(calibrate_unit_costs(device))
     if estimate: return print_table(estimate_table(check_choice(estimate, ('cpu', 'cuda'), 'estimate')))
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows, where = [], machine(device)
     print(where)
     for name in benchmarks if what == 'all' else [what]:
@@ -525,4 +525,4 @@ def flexconv_bench(
             if i == 0: print('\n' + show_row(r))
             print(show_row(r.values()), flush=True)
             rows.append(dict(benchmark=name) | r | dict(machine=where))
-            write_csv(Path(out), rows)
+            write_csv(out, rows)

@@ -49,7 +49,7 @@ from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_o
 from .optimizer import MaskAdam
 from .learner import flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
-from .files import load_weights, read_csv, save_weights, write_atomically, write_csv
+from .files import load_weights, output_path, read_csv, save_weights, write_atomically, write_csv
 from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_height, move_to, resolution_table
 from .resolution import current_scale, set_resolution
@@ -155,9 +155,7 @@ def new_folder(out,       # what the user asked for, or None
     a run already."""
     if out is not None:
         if not out: raise ValueError("out must name a folder; got ''")
-        folder = Path(out)
-        files = [p for p in (folder, *folder.parents) if p.is_file()]
-        if files: raise ValueError(f'out must name a folder; {files[0]} is a file')
+        folder = output_path(out, 'out')
         if (folder/'config.json').exists() or has_checkpoint(folder):
             raise ValueError(f'out must not hold a run already; {folder} does. '
                              f'Go on with it by --resume {shlex.quote(str(folder))}, or name another folder')
@@ -582,6 +580,8 @@ def flexconv_export(
     written, and say how far it is from the network; and its weights as one file that says what it is
     (weights.safetensors). With --hub only a folder with weights, configuration and card."""
     check_choice(format, ('all', 'onnx', 'pt2', 'weights'), 'format')
+    for path, name in (out, 'out'), (hub, 'hub'):
+        if path is not None: output_path(path, name)
     model = load_run(run, 'cpu').model
     folder = Path(out or (run if Path(run).is_dir() else f'{Path(run).name}-exported'))
     about = about_run(run) if Path(run).is_dir() else model.pretrained_cfg

@@ -46,6 +46,17 @@ def sync_folder(path):
     try: os.fsync(folder)
     finally: os.close(folder)
 
+# %% ../nbs/30_files.ipynb #9775eb06
+def output_path(path,            # what the user asked for
+                name,            # the argument or option, for the message
+                file=False):     # True: a file is to be written there, else a folder
+    "`path` as a `Path`; a ValueError where a file stands in the way of its folders, or a folder in that of the file."
+    path, wanted = Path(path), 'a file in a folder' if file else 'a folder'
+    for folder in path.parents if file else (path, *path.parents):
+        if folder.is_file(): raise ValueError(f'{name} must name {wanted}; {folder} is a file')
+    if file and path.is_dir(): raise ValueError(f'{name} must name a file; {path} is a folder')
+    return path
+
 # %% ../nbs/30_files.ipynb #d5cc0d6f
 def write_csv(path,     # where the file shall be
               rows):    # dicts of equal keys

@@ -8,7 +8,7 @@ __all__ = ['save_hub', 'from_pretrained']
 # %% ../nbs/38_hub.ipynb #9aa29578
 import json
 from pathlib import Path
-from .files import read_weights, save_weights, write_atomically
+from .files import output_path, read_weights, save_weights, write_atomically
 from .layers import conv_layers
 from .resolution import current_scale
 from .registry import model_registry, new_model
@@ -61,7 +61,7 @@ def save_hub(model,      # a network
              folder,     # where the files shall be: a new folder, or one that this function wrote
              about):     # what its weights say of themselves: `pretrained_cfg`, or of a run
     "Write `model.safetensors`, `config.json` and `README.md`, as the Hugging Face Hub has them. Returns the folder."
-    folder = Path(folder)
+    folder = output_path(folder, 'hub')
     config = folder/'config.json'
     if config.exists() and 'architecture' not in read_hub_config(folder, strict=False):
         raise ValueError(f'hub must be a new folder; {folder} has a config.json of something else')

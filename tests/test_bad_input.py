@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from flexconv import (FlexConv1d, FlexConv2d, FlexNet, GaussianMask, MAGNet, aliasing_loss, conv_nd,
                       create_kernel_network, create_model, highest_frequency,
-                      nyquist_frequency, position_grid, cli)
+                      nyquist_frequency, position_grid, bench, cli)
 from flexconv.baselines import CIFARResNet, DeformableConv2d, DilatedBasisConv2d, NJetConv2d, TCN
 from flexconv.conv import LowRankKernel
 from flexconv.data import ImageTensors, get_dls
@@ -221,7 +221,7 @@ def command(name, *args, **options):
     "A console command that must fail with exit code 2 and without a traceback; what it printed."
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as e:
-        getattr(cli, name).__wrapped__(*args, **options)
+        getattr(bench if name == 'flexconv_bench' else cli, name).__wrapped__(*args, **options)
     assert e.value.code == 2, err.getvalue()
     assert 'Traceback' not in err.getvalue() and err.getvalue().startswith(f'{name}: '), err.getvalue()
     return out.getvalue(), err.getvalue()
@@ -273,12 +273,15 @@ def test_wrong_commands(name, options, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), 'nothing may be left behind'
 
 
-def test_out_below_a_file(tmp_path):
+@pytest.mark.parametrize('name,args,option', [('flexconv_train', (), 'out'), ('flexconv_bench', (), 'out'),
+                                              ('flexconv_export', ('flextcn2.smnist',), 'out'),
+                                              ('flexconv_export', ('flextcn2.smnist',), 'hub')])
+def test_no_command_writes_below_a_file(name, args, option, tmp_path):
     file = tmp_path/'notes.txt'
     file.write_text('mine')
-    for out in file, file/'run', file/'deep/run':
-        _, err = command('flexconv_train', out=str(out))
-        assert f'out must name a folder; {file} is a file' in err
+    for out in file/'run', file/'deep/run':
+        said, err = command(name, *args, **{option: str(out)})
+        assert f'{option} must name a' in err and f'folder; {file} is a file' in err and not said
     assert file.read_text() == 'mine'
 
 
