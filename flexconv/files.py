@@ -53,7 +53,9 @@ def output_path(path,            # what the user asked for
     "`path` as a `Path`; a ValueError where a file stands in the way of its folders, or a folder in that of the file."
     path, wanted = Path(path), 'a file in a folder' if file else 'a folder'
     for folder in path.parents if file else (path, *path.parents):
-        if folder.is_file(): raise ValueError(f'{name} must name {wanted}; {folder} is a file')
+        if folder.is_file():
+            below = '' if folder == path else f', and {path} cannot be made'
+            raise ValueError(f'{name} must name {wanted}; {folder} is a file{below}')
     if file and path.is_dir(): raise ValueError(f'{name} must name a file; {path} is a folder')
     return path
 
@@ -68,7 +70,7 @@ def write_csv(path,     # where the file shall be
     write_atomically(path, text.getvalue())
 
 # %% ../nbs/30_files.ipynb #2be4ada9
-def read_csv(path):
+def read_csv(path):     # the file
     "The rows of a csv file as dicts of strings."
     with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
@@ -129,7 +131,7 @@ def save_weights(model,          # its state_dict is saved, without the prefixes
     about = json.dumps(dict(about or {}, sha256=checksum(weights)))
     write_atomically(path, safetensors.torch.save(weights, dict(flexconv=about)))
 
-def read_weights(path):
+def read_weights(path):     # the file
     """Tensors of a safetensors file by name, and what the file says of them (`{}` where it says nothing). A ValueError
     where it is damaged."""
     path = Path(path)
@@ -144,7 +146,8 @@ def read_weights(path):
     return weights, about
 
 # %% ../nbs/30_files.ipynb #730ad6f7
-def load_weights(model, path):
+def load_weights(model,
+                 path):     # the file
     "Weights of `save_weights` (or any safetensors) into a model; a ValueError names the file where it does not fit."
     weights, _ = read_weights(path)
     model = bare_model(model)
