@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/90_all.ipynb #53fabc51
-import flexconv.data    # first: it keeps fastai's import quiet
+import flexconv.tensors    # first: it keeps fastai's import quiet
 from fastai.vision.all import *
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from .resolution import *
 from .testing import *
 from .official import *
 from .at_times import *
+from .optimizer import *
 from .files import *
 from .registry import *
 from .flexnet import *
@@ -41,8 +42,9 @@ from .stream import *
 from .successors import *
 from .hub import *
 from .readers import *
+from .tensors import *
+from .folders import *
 from .data import *
-from .optimizer import *
 from .callbacks import *
 from .learner import *
 from .checkpoints import *

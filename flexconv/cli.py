@@ -31,8 +31,8 @@ from fastcore.script import call_parse, store_true
 # %% ../nbs/61_cli.ipynb #76f3d56d
 import flexconv
 # first, because it keeps fastai's import quiet
-from .data import check_record, data_sets, divide, get_dls, labelled_images, record_dls, split_folders
-from .data import trained_on, validates_on_test_set
+from .folders import check_record, divide, labelled_images, split_folders, trained_on, validates_on_test_set
+from .data import data_sets, get_dls, record_dls
 import fastai
 from fastai.callback.core import Callback, CancelFitException
 from fastai.interpret import ClassificationInterpretation
@@ -46,8 +46,7 @@ from .layers import conv_layers, kernel_sizes
 from .registry import list_models, load_pretrained, model_registry
 from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
 from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, read_json, size_text
-from .optimizer import MaskAdam
-from .learner import flex_learner, model_for
+from .learner import MaskAdam, flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
 from .files import load_weights, output_path, read_csv, save_weights, write_atomically, write_csv
 from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/52_jupyter.ipynb #c801ce5f
-import flexconv.data    # first: it keeps fastai's import quiet
+import flexconv.tensors    # first: it keeps fastai's import quiet
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib

@@ -15,7 +15,7 @@ from fastcore.script import call_parse, store_true
 
 # %% ../nbs/64_predict.ipynb #483ca7b2
 from .core import check_int
-from .data import image_suffixes, visible_files    # first: it keeps fastai's import quiet
+from .folders import image_suffixes, visible_files    # first: it keeps fastai's import quiet
 from .runs import load_run
 from .cli import check_device, user_errors
 

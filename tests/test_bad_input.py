@@ -11,7 +11,8 @@ from flexconv import (FlexConv1d, FlexConv2d, FlexNet, GaussianMask, MAGNet, ali
                       nyquist_frequency, position_grid, bench, cli)
 from flexconv.baselines import CIFARResNet, DeformableConv2d, DilatedBasisConv2d, NJetConv2d, TCN
 from flexconv.conv import LowRankKernel
-from flexconv.data import ImageTensors, get_dls
+from flexconv.data import get_dls
+from flexconv.tensors import ImageTensors
 from flexconv.distributed import ShardedDL
 from flexconv.convert import convert
 from flexconv.export import export_onnx, export_program

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from flexconv.cli import flexconv_eval, flexconv_train
-from flexconv.data import (
-    check_record, common_size, divide, folder_record, get_dls, hold_out, label_numbers, labelled_images, open_image,
-    record_dls, trained_on)
+from flexconv.data import get_dls, record_dls
+from flexconv.folders import check_record, divide, folder_record, hold_out, labelled_images, trained_on
+from flexconv.tensors import common_size, label_numbers, open_image
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner
 from flexconv.learner import flex_learner
@@ -48,14 +48,14 @@ def relative(files, path): return [f.relative_to(path).as_posix() for f in files
 
 
 def test_split_does_not_depend_on_the_order_of_the_file_system(folder, monkeypatch):
-    import flexconv.data as data
-    want, get = divide(folder), data.get_files
+    import flexconv.folders as folders
+    want, get = divide(folder), folders.get_files
     for seed in range(5):
         def shuffled(path):
             files = list(get(path))
             random.Random(seed).shuffle(files)
             return files
-        monkeypatch.setattr(data, 'get_files', shuffled)
+        monkeypatch.setattr(folders, 'get_files', shuffled)
         assert divide(folder) == want and [list(d) for d in divide(folder)] == [list(d) for d in want]
 
 

@@ -2,10 +2,11 @@
 import json, os, re, shutil, subprocess, sys, warnings
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from flexconv.data import ImageTensors, get_dls
+from flexconv.data import get_dls
+from flexconv.tensors import ImageTensors
 from flexconv.layers import FlexConv2d
-from flexconv.optimizer import MaskAdam, mask_parameters, param_groups, split_masks
-from flexconv.learner import cosine_schedule, flex_learner, model_for
+from flexconv.optimizer import mask_parameters, param_groups, split_masks
+from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, model_for
 from flexconv.callbacks import kernel_norm
 from flexconv.files import read_csv, read_weights
 from flexconv.registry import create_model
@@ -370,7 +371,8 @@ def test_runs_of_plain_networks_are_used_too(model, tmp_path):
 def test_weights_of_a_permuted_set_know_their_permutation(tmp_path):
     "The seed of a permutation travels with the weights."
     from flexconv.cli import evaluation_data
-    from flexconv.data import ToSequence, as_sequences, data_sets, digits, register_data_set
+    from flexconv.data import as_sequences, data_sets, digits, register_data_set
+    from flexconv.tensors import ToSequence
     def pdigits(path=None, seed=0): return as_sequences(digits(path, seed), ToSequence(pixels=64, seed=seed))
     register_data_set(pdigits)
     try:
