@@ -52,7 +52,7 @@ class AtTimes(nn.Module):
                 x,               # `(B, C, L)`
                 t=None,          # times in steps of the grid, `(L,)` or `(B, L)`, in any order; by default 0, 1, 2, ...
                 present=None):   # `(L,)` or `(B, L)`, bool: False where a sample is missing
-        "What the network computes of `x`, every layer at these times."
+        "The output of the network for `x`, with every layer at these times."
         given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
         if present is not None: x = x.masked_fill(~check_present(present, len(x), x.shape[2:])[:, None], 0)
         with arguments_for(check_layers(self.model), given): return self.model(x)

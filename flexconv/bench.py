@@ -215,7 +215,7 @@ def bench_networks(device='cpu', quick=False):
     yield from compare('FlexTCN-2', setting, 'train', train_step(net, x, target), others, 1.)
 
 def kernel_share(net, x, target):
-    "How much of a training step goes into sampling kernels, and back into their parameters: a row."
+    "The share of a training step that goes into sampling kernels, and back into their parameters: a row."
     layers = list(conv_layers(net).values())
     gradients = [torch.randn_like(layer.kernel()) for layer in layers]
     def kernels(): torch.autograd.backward([layer.kernel() for layer in layers], gradients)
@@ -451,7 +451,7 @@ benchmarks = dict(layers=bench_layers, depthwise=bench_depthwise, networks=bench
                   memory=bench_memory, long=bench_long, compiled=bench_compiled)
 
 def machine(device):
-    "Where a benchmark was run, in a line."
+    "The machine of a benchmark, in a line."
     where = f'{torch.get_num_threads()} threads of {platform.machine()}'
     if device != 'cpu': where = torch.cuda.get_device_name()
     return f'{where}, torch {torch.__version__}'

@@ -39,7 +39,7 @@ def class_state(cls):
     return cls, *((name, state(value)) for c in own for name, value in vars(c).items() if not name.startswith('__'))
 
 def module_state(owner):
-    "What a module and those in it hold: a list of attributes and a list of tensors. Raises `NotComparable`."
+    "The attributes and the tensors of a module and those in it, two lists. Raises `NotComparable`."
     facts, tensors = [], []
     for module in owner.modules():
         if module is not owner and has_hooks(module): raise NotComparable

@@ -173,7 +173,7 @@ class StopNonFinite(Callback):
 
     @torch.no_grad()
     def cause(self):
-        "Where the first infinite value or NaN is."
+        "The place of the first infinite value or NaN."
         if not all(x.isfinite().all() for x in self.xb): return 'the input of this batch has values that are not finite'
         if names := self.not_finite(buffers=False): return f'{names[0]} has values that are not finite'
         found, hooks, model = [], [], get_model(self.model)
@@ -206,7 +206,7 @@ class WatchMasks(Callback):
 
     @staticmethod
     def complaint(layer):
-        "What is wrong with the mask of a layer, as text, or None."
+        "The fault of a layer's mask as text, None where there is none."
         if all(s == 1 < n for s, n in zip(layer.size, layer.grid_size)): return 'has shrunk to one pixel'
         mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
         outside = (mean > 1 + cutoff_in_sigmas(layer.mask.threshold)*sigma).any()
@@ -224,7 +224,7 @@ class DevicePrecision(Callback):
         mixed.before_fit = partial(self.start, mixed)
 
     def start(self, mixed):
-        "What `MixedPrecision.before_fit` does, for this device."
+        "`MixedPrecision.before_fit` for this device."
         device, dtype = self.dls.device.type, torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
         mixed.autocast, mixed.scales = torch.autocast(device, dtype=dtype), L()
         self.learn.scaler = torch.amp.GradScaler(device, **mixed.kwargs | dict(enabled=dtype == torch.float16))

@@ -55,7 +55,7 @@ def of_all_processes(thing):
 
 # %% ../nbs/46_checkpoints.ipynb #f31a1c45
 def backup_path(path):
-    "Where the checkpoint before the one at `path` is kept."
+    "The path of the checkpoint before the one at `path`."
     return Path(path).with_name(f'previous-{Path(path).name}')
 
 def as_plain_types(o):
@@ -82,7 +82,7 @@ def save_checkpoint(learn,        # a `Learner` whose optimiser exists
 
 # %% ../nbs/46_checkpoints.ipynb #27f34826
 def read_checkpoint(path):
-    "What `save_checkpoint` saved, checked; a ValueError that names a file which is damaged or something else."
+    "The checkpoint of `save_checkpoint`, checked; a ValueError names a file that is damaged or something else."
     try:
         with zipfile.ZipFile(path) as z: bad = z.testzip()
         if bad: raise ValueError(f'{bad} inside it does not match its checksum')

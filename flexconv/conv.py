@@ -150,7 +150,7 @@ def _differentiates(x, kernel):
 autotuned = {}     # (shapes and options of a call) -> the method that was fastest
 
 def autotune_key(x, kernel, args):
-    "What the time of a convolution depends on."
+    "The shapes and options on which the time of a convolution depends."
     ranks = [len(f) for f in _factors(kernel)]
     layout = x.device, x.dtype, x.shape, is_channels_last(x)
     return *layout, kernel.shape, *ranks, args[1:], _differentiates(x, kernel), torch.get_num_threads()
@@ -190,7 +190,7 @@ def choose(x, kernel, args, method):
 
 # %% ../nbs/13_conv.ipynb #10d25e34
 def autocast_dtype(dtype, device_type):
-    "What a tensor of this dtype is computed in: what autocast asks for where it is on, except for float64."
+    "The dtype in which a tensor is computed: autocast's where it is on, except for float64."
     if device_type == 'meta' or not torch.is_autocast_enabled(device_type): return dtype
     eligible = dtype.is_floating_point and dtype != torch.float64
     return torch.get_autocast_dtype(device_type) if eligible else dtype

@@ -89,7 +89,7 @@ def direct_error(layer, values):
 def kernel_error(layer,     # a `FlexConv2d`, or another layer of this library
                  weight,    # a kernel `(out_channels, in_channels/groups, *odd size)`
                 ):
-    "How far a layer's kernel is from `weight`, relative to its root mean square: 0 is equal, 1 as far as zeros."
+    "The distance of a layer's kernel from `weight`, relative to its root mean square: 0 is equal, 1 as far as zeros."
     with torch.no_grad(): kernel, weight = layer.kernel().double(), weight.double()
     largest = [max(a, b) for a, b in zip(kernel.shape[2:], weight.shape[2:])]
     gap = resized(kernel, largest) - resized(weight, largest)

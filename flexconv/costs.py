@@ -54,7 +54,7 @@ def direct_unit(s, channels_last, strided):
     return unit + '_1d' if len(s.size) == 1 else unit
 
 def direct_work(s, rank, channels_last, strided):
-    "What the direct method has to do, `{unit: count}`."
+    "The work of the direct method, `{unit: count}`."
     products = s.batch*s.kernels*math.prod(s.out)*math.prod(s.kernel)
     mix = s.kernels*(rank or 0)*math.prod(s.kernel)
     numbers = s.batch*(s.channels*math.prod(s.size) + s.out_channels*math.prod(s.out))
@@ -62,7 +62,7 @@ def direct_work(s, rank, channels_last, strided):
 
 # %% ../nbs/12_costs.ipynb #695aec73
 def fft_work(s, pairs, dilation, rank):
-    "What the methods by FFT have to do, `{method: {unit: count}}`."
+    "The work of the methods by FFT, `{method: {unit: count}}`."
     spread = [d*(n-1) + 1 for n, d in zip(s.kernel, dilation)]                # the kernel with its zeros
     lengths, _ = circle(s.size, spread, [(max(before, 0), max(after, 0)) for before, after in pairs])
     points = math.prod(lengths)
@@ -78,7 +78,7 @@ def fft_work(s, pairs, dilation, rank):
 
 # %% ../nbs/12_costs.ipynb #45c9e741
 def matmul_work(s, pairs, rank, channels_last):
-    "What the method by matrix products has to do, `{unit: count}`."
+    "The work of the method by matrix products, `{unit: count}`."
     lengths = tuple(n + max(0, *p) for n, p in zip(s.size, pairs))
     frequencies = (lengths[0]//2 + 1)*math.prod(lengths[1:])
     of_kernel = min(mixing_work(s.kernel, lengths, rank)) if rank else transform_work(lengths, s.kernel)
@@ -99,7 +99,7 @@ def count_work(x_shape,              # (B, C, *S)
                rank=None,            # R of a `LowRankKernel`
                channels_last=False,  # True if the channels of x lie last in memory
               ):
-    "What each method has to do in a forward pass, in the units of `unit_costs`: `{method: {unit: count}}`."
+    "The work of each method in a forward pass, in the units of `unit_costs`: `{method: {unit: count}}`."
     ones = (1,)*len(pairs)
     stride, dilation = stride or ones, dilation or ones
     s = shapes_of(x_shape, weight_shape, pairs, stride, dilation)
@@ -151,7 +151,7 @@ unit_costs['cpu']['float16'] = {mode: _float16_on_a_cpu(costs) for mode, costs i
 # %% ../nbs/12_costs.ipynb #5cc23755
 @dataclass(frozen=True)
 class DataSheet:
-    "What a GPU can do at best."
+    "The highest speeds of a GPU."
     bandwidth: float       # of its memory, bytes per second
     operations: dict       # per second, by precision; a multiplication and an addition are two
 
@@ -225,13 +225,13 @@ def machine_key(device='cpu'):
     return f'{processor}, {instructions}, {threads} threads, torch {torch.__version__}'
 
 def unit_costs_file():
-    "Where the unit costs of this user's machines are kept."
+    "The file of the unit costs of this user's machines."
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flexconv'/'unit_costs.json'
 
 # %% ../nbs/12_costs.ipynb #91b646bc
 @lru_cache(maxsize=None)
 def calibrated_unit_costs(device='cpu'):
-    "What was measured on this machine, `{precision: {mode: {unit: seconds}}}`, or an empty dict."
+    "The measurements on this machine, `{precision: {mode: {unit: seconds}}}`, or an empty dict."
     if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available(): return {}
     try: return json.loads(unit_costs_file().read_text())[machine_key(device)][device]
     except (OSError, ValueError, LookupError, TypeError): return {}                  # not there, or damaged

@@ -22,7 +22,7 @@ def crop_axis(n,               # positions on the whole axis
               cutoff,          # distance in sigmas at which the mask falls to its threshold
               causal=False,    # True: crop only the start of the axis
              ):
-    "Which positions of one axis are kept, `(start, stop)`; at least one. A mask of NaN keeps all."
+    "The positions of one axis that are kept, `(start, stop)`; at least one. A mask of NaN keeps all."
     step, = spacing((n,))
     root = (mean if causal else -abs(mean)) - cutoff*sigma                # the farthest that reaches the threshold
     if not root > -1: return 0, n
@@ -97,7 +97,7 @@ def crop_mask(starts,          # first position of each axis, a tensor `(D,)`
               bounds,          # the part of the grid that is asked for, `((start, stop), ...)`
               causal=False,    # True: positions are cropped at the start only
              ):
-    "Which positions of a part of the grid are kept, a bool tensor of the size of `bounds`."
+    "True for the positions of a part of the grid that are kept, a bool tensor of the size of `bounds`."
     kept = starts.new_ones((), dtype=torch.bool)
     for n, start, (a, b) in zip(size, starts, bounds):
         index = torch.arange(a, b, device=starts.device)

@@ -170,7 +170,7 @@ def leave_processes():
 
 # %% ../nbs/48_distributed.ipynb #b06db775
 def broadcast_from_rank0(make):    # function without arguments
-    "What `make` returns, or raises, on rank 0, which alone calls it; on every rank."
+    "Call `make` on rank 0 alone; its result, or its error, on every rank."
     if num_distrib() <= 1: return make()
     result = [None]
     if not rank_distrib():

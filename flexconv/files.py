@@ -107,7 +107,7 @@ def checksum(weights):
 
 # %% ../nbs/30_files.ipynb #5e867154
 def state_dict_mismatch(model, weights):
-    "What keeps weights from fitting a model, as text: names and shapes; '' where they fit."
+    "The names and shapes that keep weights from fitting a model, as text; '' where they fit."
     want = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     got = {name: tuple(v.shape) for name, v in weights.items()}
     wrong = []

@@ -8,26 +8,13 @@ __all__ = ['Dropout', 'ResidualBlock', 'FlexNet', 'TemporalBlock', 'FlexTCN', 'f
            'flextcn2', 'flextcn4', 'flextcn6', 'cktcn', 'cktcn_big', 'cktcn_magnet']
 
 # %% ../nbs/32_flexnet.ipynb #ff83f4ee
+import inspect
 import torch
 from torch import nn
-from .core import check_int, check_number
-from .crop import paper_sigma
+from .core import check_int, check_number, per_axis
+from .crop import paper_sigma, paper_size, sigma_for_size
 from .layers import CKConv1d, CKConv2d, CausalConv1d, FlexConv1d, FlexConv2d
 from .registry import Classifier, create_model, list_models, register_model
-
-# %% ../nbs/32_flexnet.ipynb #f3dac986
-class Dropout(nn.Dropout):
-    """`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere, and in a compiled
-    program, which draws its own, `nn.Dropout`. Takes the arguments of `nn.Dropout`."""
-    def forward(self, x):
-        if isinstance(x, torch.fx.Proxy): return super().forward(x)
-        step = round(self.p*2**16)                                         # of 65,536
-        elsewhere = x.device.type != 'cpu' or torch.compiler.is_compiling()
-        if elsewhere or not self.training or step in (0, 2**16): return super().forward(x)
-        words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
-        bits = words.view(torch.int16)[:x.numel()]
-        mask = (bits >= step - 2**15).to(x.dtype).mul_(1/(1 - step/2**16))
-        return x*mask.as_strided(x.shape, torch.empty_like(x, device='meta').stride())      # in the memory order of x
 
 # %% ../nbs/32_flexnet.ipynb #b6fa9224
 def small_conv(kernel_size, ndim, causal=False):
@@ -46,6 +33,20 @@ def small_conv(kernel_size, ndim, causal=False):
 def add_small(y, small, x):
     "`y` plus what a small convolution, or None, makes of `x`."
     return y if small is None else y + small(x)
+
+# %% ../nbs/32_flexnet.ipynb #f3dac986
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with 16 random bits an element, which a CPU draws several times faster; elsewhere, and in a compiled
+    program, which draws its own, `nn.Dropout`. Takes the arguments of `nn.Dropout`."""
+    def forward(self, x):
+        if isinstance(x, torch.fx.Proxy): return super().forward(x)
+        step = round(self.p*2**16)                                         # of 65,536
+        elsewhere = x.device.type != 'cpu' or torch.compiler.is_compiling()
+        if elsewhere or not self.training or step in (0, 2**16): return super().forward(x)
+        words = torch.empty(-(-x.numel()//4), dtype=torch.int64).random_(-2**63, None)
+        bits = words.view(torch.int16)[:x.numel()]
+        mask = (bits >= step - 2**15).to(x.dtype).mul_(1/(1 - step/2**16))
+        return x*mask.as_strided(x.shape, torch.empty_like(x, device='meta').stride())      # in the memory order of x
 
 # %% ../nbs/32_flexnet.ipynb #3afefced
 class ResidualBlock(nn.Module):
@@ -125,6 +126,17 @@ class TemporalBlock(ResidualBlock):
         h = self.dropout(self.second(h).relu())
         return (h + self.shortcut(x)).relu()
 
+# %% ../nbs/32_flexnet.ipynb #32a00008
+def long_sigma(conv, kernel_size, options):
+    """Options of a causal convolution, with the width at which its mask starts where they do not say: the paper's, or
+    that of 5 samples if it is larger. Convolutions without masks get none."""
+    n, = per_axis(kernel_size, 1, 'kernel_size')
+    parameters = inspect.signature(conv).parameters
+    named = 'sigma' in parameters and parameters['sigma'].default is None
+    if not (named or inspect.isclass(conv) and issubclass(conv, FlexConv1d)) or 'size' in options: return options
+    shortest = sigma_for_size(min(paper_size, n), n, options.get('threshold', 0.1), causal=True)
+    return dict(sigma=max(paper_sigma, shortest)) | options
+
 # %% ../nbs/32_flexnet.ipynb #31579ea2
 class FlexTCN(Classifier):
     """Residual network of causal convolutions (Romero, Bruintjes et al., 2022):
@@ -138,12 +150,12 @@ class FlexTCN(Classifier):
                  conv=FlexConv1d,          # called as `conv(in_channels, out_channels, kernel_size, causal=True, ...)`
                  kernel_size=784,          # the longest a kernel can grow to: usually the length of the sequences
                  small_kernel=None,        # size of a plain convolution beside each `conv`, whose output is added
-                 **conv_options):          # further arguments of each `conv`; masks start at the paper's sigma=0.075
+                 **conv_options):          # further arguments of each `conv`; masks start at `long_sigma`
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
         blocks, width = check_int(blocks, 'blocks'), check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
-        if conv is FlexConv1d and 'size' not in conv_options: conv_options.setdefault('sigma', paper_sigma)
+        conv_options = long_sigma(conv, kernel_size, conv_options)
         new_conv = lambda i, o: conv(i, o, kernel_size, causal=True, **conv_options)
         shortcut = lambda i, o: nn.Conv1d(i, o, 1)
         small = small_conv(small_kernel, 1, causal=True)

@@ -59,7 +59,7 @@ split_words = dict(train='train', training='train', trn='train', val='held', val
                    test='held', testing='held', tst='held', dev='held')
 
 def split_parts(name):
-    "What the words of a folder's name say of splits, as a set: {'train'} for 'trainA' or 'my_train', {} for 'tram'."
+    "The splits named in a folder's name, a set: {'train'} for 'trainA' or 'my_train', {} for 'tram'."
     words = re.findall('[a-z]+', re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', name).lower())
     return {split_words[word] for word in words if word in split_words}
 
@@ -191,7 +191,7 @@ class ImageFiles(ImageSet):
 
 # %% ../nbs/42_folders.ipynb #5386ef60
 def make_record(name, classes, input_shape, stats, seed, valid_pct, train_items, valid_items, **more):
-    "What is kept of a data set, as JSON has it."
+    "The record of a data set, a dict that JSON can hold."
     mean, std = ([float(v) for v in values] for values in stats)
     return dict(name=str(name), classes=list(map(str, classes)), num_classes=len(classes), channels=input_shape[0],
                 size=None if len(input_shape) == 2 else list(input_shape[1:]), input_shape=list(input_shape),

@@ -38,7 +38,7 @@ from .testing import test_conv_layer
 # %% ../nbs/66_gpu_check.ipynb #08c6444f
 @dataclass(frozen=True)
 class Place:
-    "Where checks run, and how large they are."
+    "The device of the checks, and their size."
     device: str = 'cuda'    # 'cuda' or 'cpu'
     small: bool = False     # small networks and few steps
     data: str = None        # folder of the unpacked CIFAR-10; by default fastai's own
@@ -420,7 +420,7 @@ def cifar10(place):
 
 # %% ../nbs/66_gpu_check.ipynb #90fdc3fd
 def subject(place):
-    "What a report is about."
+    "The subject of a report: versions, device, date."
     sources = b''.join(p.read_bytes() for p in sorted(Path(flexconv.__file__).parent.glob('*.py')))
     return dict(device=torch.cuda.get_device_name() if place.on_gpu else 'CPU', small=place.small,
                 torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0],
@@ -511,7 +511,7 @@ def run_checks(place,            # a `Place`
 
 # %% ../nbs/66_gpu_check.ipynb #b155b776
 def main(argv=None):    # arguments, by default those of the process
-    "What `tools/gpu_check.sh` runs: 0 if all checks passed or were skipped, 1 if some failed, 2 if some are left."
+    "The exit code of `tools/gpu_check.sh`: 0 if all checks passed or were skipped, 1 if some failed, 2 if some are left."
     parser = argparse.ArgumentParser(prog='gpu_check', description='Check and measure flexconv on a GPU.')
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--small', action='store_true', help='small networks and few steps')

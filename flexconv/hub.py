@@ -25,7 +25,7 @@ def card_header(about):
 
 # %% ../nbs/38_hub.ipynb #714c0060
 def card_rows(about):
-    "What the card says of a network, `[(name, text), ...]`, as far as it is known."
+    "The rows of a network's card, `[(name, text), ...]`, as far as they are known."
     data, results, training = (about.get(part, {}) for part in ('data', 'results', 'training'))
     as_text = lambda options: ', '.join(f'{k}={v}' for k, v in options.items() if v not in (None, 0, 0.))
     rows = [('Network', f'`{about["model"]}`, {as_text(about.get("options", {}))}'.rstrip(', '))]
@@ -48,7 +48,7 @@ def card_text(about, name):
 
 # %% ../nbs/38_hub.ipynb #7925d09b
 def as_it_is(about, model):
-    "What weights say of themselves, for a network that has got another head or resolution since."
+    "The description of trained weights, for a network that has got another head or resolution since."
     classes = getattr(model, 'num_classes', about['num_classes'])
     if not classes: raise ValueError('model must have a head; reset_classifier(num_classes) makes one')
     data = about.get('data', {})

@@ -303,7 +303,7 @@ def plain_gabor(points, gamma, mu, weight, bias):
     return gabor_envelope(points, gamma, mu)*torch.sin(torch.addmm(bias[:, None], weight, points))
 
 class Gabor(torch.autograd.Function):
-    "What `plain_gabor` computes, with fewer operations."
+    "`plain_gabor` in fewer operations."
     @staticmethod
     def forward(ctx, points, gamma, mu, weight, bias):
         offset = points - mu[..., None]                                   # (hidden, ndim, N)

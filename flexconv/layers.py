@@ -103,7 +103,7 @@ class ContinuousKernel(nn.Module):
 
     @property
     def cell_volume(self):
-        "What the kernel's values are multiplied by at the resolution in use: `scale**-ndim`."
+        "The factor of the kernel's values at the resolution in use, `scale**-ndim`."
         return self.scale**-len(self.kernel_size)
 
     def bounds(self):
@@ -134,7 +134,7 @@ class ContinuousKernel(nn.Module):
     def mask_values(self,
                     bounds,         # the part of the grid, `((start, stop), ...)`
                     exact=True):    # False: the part may be larger than what is kept
-        "What the kernel is multiplied by at each position, `(*size)`, or None: a CKConv has no mask."
+        "The factor of the kernel at each position, `(*size)`, or None: a CKConv has no mask."
 
     @property
     def can_factor(self):
@@ -279,7 +279,7 @@ class CKConv(ContinuousKernel):
             raise type(e)(f'{e}, in {layer} on x of shape {tuple(x.shape)}') from e
 
     def convolve(self, x, bias):
-        "What `forward` computes on the grid."
+        "The output on the grid."
         whole = self.cropped_padding(tuple((0, n) for n in self.grid_size))
         check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])       # for the size it may grow to
         if may_reuse(): kernel, bounds, spectra = self.kernel_cache.get(lambda: (*self.forward_kernel(), {}), self)
@@ -288,7 +288,7 @@ class CKConv(ContinuousKernel):
                         dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method, kept=spectra)
 
     def convolve_present(self, x, present):
-        "What `forward` computes on the grid where samples are missing."
+        "The output on the grid where samples are missing."
         if x.ndim == self.ndim + 1: return self.convolve_present(x[None], present)[0]
         present = check_present(present, len(x), x.shape[2:])                          # (1 or B, *S)
         y = self.convolve(x.masked_fill(~present[:, None], 0), None)

@@ -22,16 +22,19 @@ from .files import bare_names, read_weights, state_dict_mismatch
 
 # %% ../nbs/31_registry.ipynb #dc721ec1
 class RegisteredModel(NamedTuple):
-    "What is known of a model that has a name."
+    "A registered model: how it is made, what it reads and takes, how it is trained."
     make: Callable       # function `(in_channels, num_classes, **options)`
     input: str           # 'image', 'sequence', 'any' (it takes `ndim`, 2 or 1), or None where nobody said
     takes: Callable      # option -> True if the model takes it
     lr: float            # highest learning rate in training
-    settings: dict       # further settings of training, as in a configuration
+    settings: dict       # what else suits it in training, by the names of `model_settings` and `training_settings`
 
 model_registry = {}      # name -> RegisteredModel
 
 # %% ../nbs/31_registry.ipynb #cc48f05c
+model_settings = 'sigma', 'dropout'                 # of the network
+training_settings = 'mask_lr', 'weight_decay', 'label_smoothing', 'kernel_norm', 'aliasing'
+
 def takes_option(fn, option):
     "True if a function has a parameter of this name, or takes any."
     parameters = inspect.signature(fn).parameters
@@ -43,12 +46,15 @@ def register_model(fn=None,         # function `(in_channels, num_classes, **opt
                    input=None,      # 'image' or 'sequence': it reads `(B, C, H, W)` or `(B, C, L)`; 'any': `ndim` says
                    takes=None,      # options it takes, e.g. ('kernel_size', 'sigma'); by default those of its signature
                    lr=0.01,         # highest learning rate in training
-                   settings=None,   # dict of further settings of training, e.g. dict(kernel_norm=1e-4)
+                   settings=None,   # dict of what suits it in training: sigma and dropout of the network, mask_lr,
+                                    # weight_decay, label_smoothing, kernel_norm, aliasing
                   ):
     """Decorator, `@register_model` or `@register_model(input='sequence')`: makes a model available to `create_model`
     under the function's name."""
     if fn is None: return partial(register_model, input=input, takes=takes, lr=lr, settings=settings)
     if input is not None: check_choice(input, ('image', 'sequence', 'any'), 'input')
+    if isinstance(takes, str): raise ValueError(f'takes must be a tuple of names; got {takes!r}')
+    for name in settings or (): check_choice(name, model_settings + training_settings, 'settings')
     check_number(lr, 'lr', 0)
     known = partial(takes_option, fn) if takes is None else frozenset(takes).__contains__
     model_registry[fn.__name__] = RegisteredModel(fn, input, known, lr, dict(settings or {}))
@@ -139,7 +145,7 @@ class Classifier(nn.Module):
         return nn.Linear(num_features, num_classes)
 
     def stem_features(self, x):
-        "What the first block takes; a subclass with a stem says."
+        "The input of the first block: `x`, unless a subclass has a stem."
         return x
 
     def pool(self, x):
@@ -185,7 +191,7 @@ class Classifier(nn.Module):
 
 # %% ../nbs/31_registry.ipynb #b5611aee
 class FeatureInfo(list):
-    "What is known of each feature map: dicts with `module`, `num_chs` and `reduction`, as timm has them."
+    "A dict for each feature map, with `module`, `num_chs` and `reduction`, as timm has them."
     def channels(self): return [info['num_chs'] for info in self]
     def reduction(self): return [info['reduction'] for info in self]
     def module_name(self): return [info['module'] for info in self]

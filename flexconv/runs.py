@@ -33,7 +33,7 @@ def size_text(size):
 
 # %% ../nbs/47_runs.ipynb #3ed7f85c
 def model_options(cfg):
-    "What a configuration says to `create_model`, a dict."
+    "The arguments of `create_model` in a configuration, a dict."
     names = 'width', 'dropout', 'kernel_size', 'sigma', 'kernel', 'conv_method'
     options = {name: cfg[name] for name in names if cfg.get(name) is not None}
     if cfg.get('input_scale') is not None: options['kernel_options'] = dict(input_scale=cfg['input_scale'])
@@ -50,7 +50,7 @@ def read_json(path,       # of a run folder
     return found
 
 def about_run(folder):
-    """What trained weights say of themselves, from the files of a run: a dict for `save_weights`. A ValueError or
+    """The description of trained weights, from the files of a run: a dict for `save_weights`. A ValueError or
     FileNotFoundError that names the file which is missing or of something else."""
     folder = Path(folder)
     cfg = read_json(folder/'config.json', {'model'})
@@ -120,7 +120,7 @@ class RunRecorder(Callback):
 
 # %% ../nbs/47_runs.ipynb #8d872e6b
 def read_about(path):
-    "What a file of trained weights says of itself; a ValueError where it says nothing."
+    "The description in a file of trained weights; a ValueError where there is none."
     about = read_weights(path)[1]
     if not {'model', 'data'} <= set(about):
         raise ValueError(f'{path} does not say which model it belongs to; give create_model its name')

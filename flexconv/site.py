@@ -95,7 +95,7 @@ def _comments(function):
     return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}, lines
 
 def own_texts(thing):
-    "What the comments of a definition say about its arguments, `{name: text}`."
+    "The comments of a definition on its arguments, `{name: text}`."
     if is_function_class(thing): thing = thing.forward
     texts = {name: entry.get('docment') or '' for name, entry in docments(thing, full=True).items()}
     function = thing.__init__ if inspect.isclass(thing) else inspect.unwrap(thing)
@@ -108,7 +108,7 @@ def own_texts(thing):
 
 @functools.cache
 def module_texts(name):
-    "What arguments mean in a module, where all its comments about that name agree."
+    "The meaning of arguments in a module, where all its comments about that name agree."
     module, found = import_module(name), {}
     things = [t for t in vars(module).values() if getattr(t, '__module__', None) == name and callable(t)]
     for thing in things:
@@ -117,7 +117,7 @@ def module_texts(name):
     return {argument: texts.pop() for argument, texts in found.items() if len(texts) == 1}
 
 def argument_texts(thing):    # a function or a class
-    "What each argument means: `{name: text}`, text '' where nothing says so."
+    "The meaning of each argument, `{name: text}`; text '' where nothing says so."
     sig, texts = shown_signature(thing), own_texts(thing)
     library = getattr(thing, '__module__', '').startswith(f'{get_config().lib_name}.')
     others = module_texts(thing.__module__) if library else {}

@@ -16,7 +16,7 @@ from .mask import clamp_straight_through
 def triangles(positions,    # `(D, N)`
               places,       # of the points, `(..., P, D)`
               radius):      # `(..., P)`
-    "How much each point weighs at each position, `(..., P, N)`: 1 at its place, 0 from its radius on."
+    "The weight of each point at each position, `(..., P, N)`: 1 at its place, 0 from its radius on."
     distance = (places[..., None] - positions).abs().sum(-2)          # (..., P, N)
     return torch.relu(1 - distance/radius[..., None])
 
@@ -63,7 +63,7 @@ class SMPKernel(KernelNetwork):
         return clamp_straight_through(self.radius, low, high)
 
     def size_parameters(self):
-        "What learns at the rate of masks: the radii, as in the authors' training."
+        "The parameters that learn at the rate of masks: the radii, as in the authors' training."
         return [self.radius]
 
     def features(self, points):

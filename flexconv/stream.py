@@ -204,7 +204,7 @@ class Stream:
     def __call__(self,
                  chunk,     # (B, C, L)
                  t=None):   # with times=True: rising times in steps of the grid, (L,) or (B, L); else the next steps
-        "What the network gives for these samples."
+        "The output of the network for these samples."
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
         if self.times and t is None:

@@ -10,11 +10,11 @@ __all__ = ['SMPConv', 'SMPConv1d', 'SMPConv2d', 'smpnet7', 'smptcn2', 'smptcn6',
 import torch
 from torch import nn
 from .core import check_int, check_number, tracing
-from .crop import crop_axis, paper_sigma
+from .crop import crop_axis
 from .layers import CKConv, FlexConv1d, FlexConv2d
 from .smp import SMPKernel     # registers 'smp' and 'smp_separate'
 from .registry import Classifier, register_model
-from .flexnet import FlexTCN, flexnet7
+from .flexnet import FlexTCN, flexnet7, long_sigma
 
 # %% ../nbs/37_successors.ipynb #9b70def9
 class SMPConv(CKConv):
@@ -138,14 +138,14 @@ class CCNN(Classifier):
                  kernel_size=None,     # the largest size a kernel can grow to: by default 33, or 784 for sequences
                  hidden=32,            # width of the kernel networks
                  kernel_options=None,  # dict of further arguments of the kernel networks
-                 **conv_options):      # further arguments of each FlexConv; masks start at the paper's sigma=0.075
+                 **conv_options):      # further arguments of each FlexConv; masks of sequences start at `long_sigma`
         super().__init__()
         in_channels, blocks = check_int(in_channels, 'in_channels'), check_int(blocks, 'blocks')
         width = check_int(width, 'width')
         if ndim not in (1, 2): raise ValueError(f'ndim must be 1 or 2; got {ndim!r}')
         check_number(dropout, 'dropout', 0, 1, closed=True)
         if kernel_size is None: kernel_size = {1: 784, 2: 33}[ndim]
-        if ndim == 1 and 'size' not in conv_options: conv_options.setdefault('sigma', paper_sigma)
+        if ndim == 1: conv_options = long_sigma(FlexConv1d, kernel_size, conv_options)
         options = dict(init='fan_in', causal=ndim == 1) | conv_options
         options['kernel_options'] = dict(hidden=hidden) | (kernel_options or {})
         self.stem = separable_conv(in_channels, width, ndim, kernel_size, **options)

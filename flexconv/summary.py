@@ -64,7 +64,7 @@ def size_icon(layer):
 
 # %% ../nbs/51_summary.ipynb #3cc038e4
 def model_inputs(x, like):
-    "What to call a model with: an input, several, or zeros of a shape, with dtype and device of a parameter."
+    "The arguments for a call of a model: an input, several, or zeros of a shape, with dtype and device of a parameter."
     if isinstance(x, (tuple, list)) and x and all(isinstance(n, int) for n in x):
         return torch.zeros(x, dtype=like.dtype, device=like.device),
     inputs = x if isinstance(x, (tuple, list)) else (x,)

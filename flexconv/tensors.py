@@ -66,7 +66,7 @@ class TensorLabel(TensorCategory):
 
 # %% ../nbs/41_tensors.ipynb #c81d656c
 class ImageSet:
-    "What every set of images has: class names, labels `(N,)` or None, and whether it is for training or validation."
+    "Base of sets of images: class names, labels `(N,)` or None, and whether it is for training or validation."
     loss_func, n_inp, kind = CrossEntropyLossFlat(), 1, TensorImage
     def __init__(self,
                  y,           # class numbers, or None where nobody knows
@@ -322,26 +322,26 @@ def register_display(ours, theirs):
     (theirs.dispatch if hasattr(theirs, 'dispatch') else theirs.add)(ours)     # plum; fastcore before fastai 2.8
 
 def show_batch(x:TensorSequence, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    "What `dls.show_batch` shows of sequences: a grid of curves, each with its class."
+    "`dls.show_batch` of sequences: a grid of curves, each with its class."
     if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
     for i in range(len(samples[0])):                                           # the sequences; the labels
         ctxs = [item.show(ctx=ctx, **kwargs) for item, ctx, _ in zip(samples.itemgot(i), ctxs, range(max_n))]
     return ctxs
 
 def show_results(x:TensorSequence, y:TensorCategory, samples, outs, ctxs=None, max_n=9, **kwargs):
-    "What `learn.show_results` shows of sequences: their class, and below it the predicted one, green or red."
+    "`learn.show_results` of sequences: their class, and below it the predicted one, green or red."
     ctxs = show_batch(x, y, samples, ctxs, max_n, **kwargs)
     for (_, label), (predicted, *_), ctx in zip(samples, outs, ctxs):
         predicted.show(ctx=ctx, color='green' if predicted == label else 'red')
     return ctxs
 
 def show_predictions(x:TensorImage, y:type(None), samples, outs, ctxs=None, max_n=9, **kwargs):
-    "What `learn.show_results` shows of images without labels: the predicted classes."
+    "`learn.show_results` of images without labels: the predicted classes."
     ctxs = show_batch(x, y, samples, ctxs, max_n, **kwargs)
     return [predicted.show(ctx=ctx) for (predicted, *_), ctx in zip(outs, ctxs)]
 
 def show_predictions_of_sequences(x:TensorSequence, y:type(None), *args, **kwargs):
-    "The same for sequences: a function is registered for one type, as a union would be no more special than fastai's."
+    "The same for sequences, registered apart: dispatch would not prefer a union of types to fastai's own function."
     return show_predictions(x, y, *args, **kwargs)
 
 register_display(show_batch, fastai.data.core.show_batch)
@@ -352,7 +352,7 @@ register_display(show_predictions_of_sequences, fastai.data.core.show_results)
 # %% ../nbs/41_tensors.ipynb #7e2d8567
 def plot_top_losses(x:TensorSequence|TensorImage, y:TensorCategory, samples, outs, raws, losses, nrows=None, ncols=None,
                     figsize=None, **kwargs):
-    "What `Interpretation.plot_top_losses` shows of sequences, and of images where fastai's vision is not imported."
+    "`Interpretation.plot_top_losses` of sequences, and of images where fastai's vision is not imported."
     axs = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, title='Prediction/Actual/Loss/Probability')
     for ax, sample, out, raw, loss in zip(axs, samples, outs, raws, losses):
         sample[0].show(ctx=ax, **kwargs)

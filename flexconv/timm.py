@@ -27,7 +27,7 @@ def to_our_words(kwargs):
 
 # %% ../nbs/39_timm.ipynb #59178872
 def timm_config(about):
-    "What weights say of themselves, in timm's words; `{}` for no weights."
+    "The description of trained weights in timm's words; `{}` for no weights."
     if not about: return {}
     data = about['data']
     return dict(input_size=tuple(data['input_shape']), mean=tuple(data['mean']), std=tuple(data['std']),

@@ -38,7 +38,7 @@ def power_of_two(length):     # of a transform
     return 2.**-round(math.log2(length)/2)
 
 def missing_gain(lengths):    # of the transforms, one per axis
-    "What a kernel must be multiplied by where `power_of_two` of each length scales the transforms of input and output."
+    "The factor of a kernel where `power_of_two` of each length scales the transforms of input and output."
     return math.prod(1/(length*power_of_two(length)**2) for length in lengths)
 
 # %% ../nbs/10_transforms.ipynb #8114d6aa
