@@ -6,6 +6,7 @@
 __all__ = ['AtTimes']
 
 # %% ../nbs/26_at_times.ipynb #a4aec7d6
+import threading
 from contextlib import contextmanager
 from torch import nn
 from .irregular import check_present
@@ -31,8 +32,9 @@ def check_layers(model):
 @contextmanager
 def arguments_for(layers,    # modules
                   given):    # `{name: value}`
-    "Within this context each call of a layer gets these arguments too."
-    add = lambda layer, args, kwargs: (args, kwargs | given)
+    "Within this context each call of a layer from this thread gets these arguments too."
+    here = threading.get_ident()             # other threads may call the layers with times of their own
+    def add(layer, args, kwargs): return (args, kwargs | given) if threading.get_ident() == here else None
     handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
     try: yield
     finally:

@@ -7,7 +7,9 @@ __all__ = ['KernelCache', 'Window']
 
 # %% ../nbs/20_cache.ipynb #0deee58f
 import math
+import random
 from types import BuiltinFunctionType, FunctionType
+import numpy as np
 import torch
 from torch import nn
 from .core import forward_ad, in_functorch, tracing
@@ -67,9 +69,11 @@ def may_reuse():
 
 # %% ../nbs/20_cache.ipynb #cd2dcc09
 def random_states(tensors):
-    "The states of the generators from which a computation with these tensors may draw, as dropout does."
+    "The states of torch's, numpy's and Python's generators, from which a computation with these tensors may draw."
     devices = {t.device for t in tensors if t.device.type == 'cuda'}
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    states = torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
+    _, keys, *numpy_rest = np.random.get_state()
+    return [s.numpy().tobytes() for s in states], keys.tobytes(), numpy_rest, random.getstate()
 
 # %% ../nbs/20_cache.ipynb #515f63a3
 class KernelCache:
@@ -88,7 +92,7 @@ class KernelCache:
         if entry is not None and entry[0] == facts and all(map(torch.equal, entry[1], values)): return entry[2]
         before = random_states(tensors)
         result = make()
-        if all(map(torch.equal, before, random_states(tensors))): self.entry = facts, values, result
+        if before == random_states(tensors): self.entry = facts, values, result
         return result
 
     def clear(self):

@@ -106,7 +106,7 @@ def load_checkpoint(learn,     # a `Learner` made as the one that was saved
         state = read_checkpoint(backup)
         warnings.warn(f'{e}; going on from {backup}, after {state["epoch"]} epochs', RuntimeWarning, stacklevel=2)
     model = bare_model(learn.model)
-    weights = bare_names(state['model'], model.state_dict())
+    weights = bare_names(state['model'], model)
     if differ := state_dict_mismatch(model, weights): raise ValueError(f'{path} belongs to another model: {differ}')
     learn.create_opt()
     try: learn.opt.load_state_dict(state['opt'])

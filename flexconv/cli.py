@@ -80,6 +80,8 @@ def user_errors(f):
             if category is RuntimeWarning: say(message)
             else: show(message, category, *a, **k)
         try:
+            if empty := [name for name, value in kwargs.items() if value == '']:
+                raise ValueError(f"{empty[0]} must not be empty; got ''")
             with warnings.catch_warnings():
                 show, warnings.showwarning = warnings.showwarning, show_warning
                 return f(*args, **kwargs)
@@ -153,7 +155,6 @@ def new_folder(out,       # what the user asked for, or None
     """A new folder for a run. Without `out`, the first free of runs/name, runs/name-2, ...; a ValueError if `out` has
     a run already."""
     if out is not None:
-        if not out: raise ValueError("out must name a folder; got ''")
         folder = output_path(out, 'out')
         if (folder/'config.json').exists() or has_checkpoint(folder):
             raise ValueError(f'out must not hold a run already; {folder} does. '
@@ -465,7 +466,6 @@ def flexconv_train(
     if data and data not in data_sets and Path(data).is_dir(): options['data'] = str(Path(data).resolve())
     if resume is None: cfg = resolve_config(experiment, options)
     else:
-        if not resume: raise ValueError("resume must name a run folder; got ''")
         given = [name for name in options if name != 'epochs']
         if out: given.append('out')
         if experiment: given.append('experiment')

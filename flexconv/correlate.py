@@ -70,7 +70,7 @@ def mixing_work(size, lengths, rank):
 
 # %% ../nbs/11_correlate.ipynb #1ec5ff41
 def rounding_error(length, size, dtype):
-    "The error of a transform with rounded matrices and its transpose: their distance from the identity on `size` positions."
+    "The distance of a transform with rounded matrices, and its transpose, from the identity on `size` positions."
     matrix = fourier_matrix(length, length, np.arange(size))*power_of_two(length)
     rounded = torch.from_numpy(np.concatenate((matrix.real, matrix.imag))).to(dtype).double()
     product = missing_gain((length,))*rounded.T @ rounded

@@ -61,10 +61,11 @@ def output_path(path,            # what the user asked for
 
 # %% ../nbs/30_files.ipynb #d5cc0d6f
 def write_csv(path,     # where the file shall be
-              rows):    # dicts of equal keys
+              rows):    # dicts; a column that one does not have is empty there
     "Dicts as a csv file, atomically."
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
@@ -88,9 +89,18 @@ def plain_name(name):
     "The name of a tensor without what `torch.compile` adds, anywhere in a model."
     return re.sub(r'(^|\.)_orig_mod\.', r'\1', name)
 
-def bare_names(weights, known):
-    "Weights under the names that are `known`, whatever was wrapped when they were saved, or is now."
-    names = {plain_name(name): name for name in known}
+def plain_names(model):
+    "`{name: name without what wrappers add}` of the tensors of a model, parts of which may be wrapped."
+    inside = [name for name, m in model.named_modules() if bare_model(m) is not m and 'module' in m._modules]
+    def plain(name):
+        for part in sorted(inside, key=len, reverse=True):             # the innermost first
+            if name.startswith(f'{part}.module.'): name = part + name.removeprefix(f'{part}.module')
+        return plain_name(name)
+    return {name: plain(name) for name in model.state_dict()}
+
+def bare_names(weights, model):
+    "Weights under the names that a model has for them, whatever was wrapped when they were saved, or is now."
+    names = {plain: name for name, plain in plain_names(model).items()}
     weights = {plain_name(name): value for name, value in weights.items()}
     while weights and not set(weights) & set(names) and all(name.startswith('module.') for name in weights):
         weights = {name.removeprefix('module.'): value for name, value in weights.items()}
@@ -123,7 +133,9 @@ def save_weights(model,          # its state_dict is saved, without the prefixes
                  about=None,     # what `create_model` shall know of them, see `Trained weights` there: a dict for JSON
                  half=False):    # True: matrices in half precision, for files that are half as large
     "A model's weights as safetensors, with a checksum."
-    state = {plain_name(name): v for name, v in bare_model(model).state_dict().items()}
+    model = bare_model(model)
+    names = plain_names(model)
+    state = {names[name]: v for name, v in model.state_dict().items()}
     weights = {name: v.detach().cpu().contiguous().clone() for name, v in state.items()}
     if half:
         weights = {name: v.half() if v.is_floating_point() and v.numel() >= 256 else v for name, v in weights.items()}
@@ -151,7 +163,7 @@ def load_weights(model,
     "Weights of `save_weights` (or any safetensors) into a model; a ValueError names the file where it does not fit."
     weights, _ = read_weights(path)
     model = bare_model(model)
-    weights = bare_names(weights, model.state_dict())
+    weights = bare_names(weights, model)
     if differ := state_dict_mismatch(model, weights):
         raise ValueError(f'{path} does not hold the weights of this model ({differ})')
     model.load_state_dict(weights)

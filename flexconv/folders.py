@@ -7,6 +7,7 @@ __all__ = ['folder_record', 'check_record', 'validates_on_test_set', 'labelled_i
 
 # %% ../nbs/42_folders.ipynb #42a00004
 import hashlib, json, re, warnings
+from functools import cache
 from pathlib import Path
 
 # %% ../nbs/42_folders.ipynb #42a00005
@@ -74,15 +75,27 @@ def require_known_splits(path):
         raise ValueError(f'{path} holds {some_of(unknown)}, which is no class by its name and no split that is known; '
                          f'those are {known}')
 
+def copies_of(path, train, valid):
+    "Those of the validation images that are equal, byte for byte, to one for training."
+    sizes = {}
+    for f in train: sizes.setdefault((path/f).stat().st_size, []).append(f)
+    digest = cache(lambda f: hashlib.sha256((path/f).read_bytes()).digest())
+    return [f for f in valid if any(digest(f) == digest(t) for t in sizes.get((path/f).stat().st_size, ()))]
+
 def require_different_files(path, train, valid):
-    "A ValueError where one file, by symbolic links, is in both splits or in two classes."
+    """A ValueError where one file, by links, is in both splits or in two classes; a warning where training and
+    validation hold copies of one."""
     parents, seen = {}, {}
     for f, label in [*((f, ('train', c)) for f, c in train.items()), *((f, ('valid', c)) for f, c in valid.items())]:
         file = path/f
         if file.parent not in parents: parents[file.parent] = file.parent.resolve()
         real = file.resolve() if file.is_symlink() else parents[file.parent]/file.name
+        if (found := file.stat()).st_nlink > 1: real = found.st_dev, found.st_ino       # a hard link
         other, known = seen.setdefault(real, (f, label))
         if known != label: raise ValueError(f'{path} holds one file as {other} and as {f}; keep one of them')
+    if copies := copies_of(path, train, valid):
+        warnings.warn(f'{len(copies):,} of {len(valid):,} validation images are copies of images for training: '
+                      + some_of(copies), RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/42_folders.ipynb #471887b1
 def some_of(names, n=5):
@@ -139,7 +152,9 @@ def _check_classes(folder, train, valid):
         raise ValueError(f'{folder} must hold images of every class; found none in {some_of(empty)}')
     if len(classes) < 2:
         raise ValueError(f'{folder} must hold images of at least 2 classes, each in its own folder; found {classes}')
-    if unknown: raise ValueError(f'classes for validation must be among {some_of(classes, 20)}; found {some_of(unknown)}')
+    if unknown:
+        known = some_of(classes, 20)
+        raise ValueError(f'classes for validation must be among {known}; found {some_of(unknown)}')
 
 # %% ../nbs/42_folders.ipynb #320ff4d6
 def divide(path,              # a folder of images

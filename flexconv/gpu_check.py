@@ -511,7 +511,7 @@ def run_checks(place,            # a `Place`
 
 # %% ../nbs/66_gpu_check.ipynb #b155b776
 def main(argv=None):    # arguments, by default those of the process
-    "The exit code of `tools/gpu_check.sh`: 0 if all checks passed or were skipped, 1 if some failed, 2 if some are left."
+    "The exit code of `tools/gpu_check.sh`: 0, all checks passed or were skipped; 1, some failed; 2, some are left."
     parser = argparse.ArgumentParser(prog='gpu_check', description='Check and measure flexconv on a GPU.')
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--small', action='store_true', help='small networks and few steps')

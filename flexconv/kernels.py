@@ -262,7 +262,7 @@ def sample_gamma(shape,            # the distribution's parameter of that name
                  device=None,      # of the tensor
                  dtype=None):      # of the tensor; by default torch's
     "Draws from the Gamma distribution with the given shape and rate 1, a tensor of `size`; drawn in float32 and cast."
-    shapes = torch.full(size, float(shape), device=device)
+    shapes = torch.full(size, float(shape), device=device, dtype=torch.float32)
     draws = torch.distributions.Gamma(shapes, 1., validate_args=False).sample()
     return draws.to(dtype or torch.get_default_dtype())
 

@@ -9,7 +9,9 @@ __all__ = ['scaled_size', 'ContinuousKernel', 'CausalConv1d', 'CKConv', 'CKConv1
 # %% ../nbs/21_layers.ipynb #4c36f65c
 import inspect
 import math
+import threading
 import warnings
+from contextlib import nullcontext
 from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from .crop import sigma_for_size, spacing
 from .conv import LowRankKernel, check_padding_fits, conv_method, convolve, methods
 from .conv import padding_modes, padding_pairs
 from .correlate import no_autocast
+from .transforms import is_channels_last, to_channels_last
 from .irregular import check_present, conv_at_times, divide_by_share
 from .cache import KernelCache, Window, may_reuse
 
@@ -57,17 +60,21 @@ def keep_updates(module, raised):
     for name, buffer in module.named_buffers():
         if name in raised and raised[name]._version > 0: buffer.copy_(raised[name])
 
+raising = threading.RLock()      # functional_call puts other tensors into a module that threads may share
+
 def sample(module, *args, **kwargs):
     "`module(*args, **kwargs)` outside autocast, with parameters and buffers in float32 instead of half precision."
     if args[0].is_meta: return module(*args, **kwargs)               # a device without autocast
     with torch.autocast(args[0].device.type, enabled=False):
-        raised = {name: t.to(at_least_float32(t.dtype))
-                  for tensors in (module.named_parameters(), module.named_buffers())
-                  for name, t in tensors if t.dtype != at_least_float32(t.dtype)}
-        if not raised: return module(*args, **kwargs)
-        output = torch.func.functional_call(module, raised, args, kwargs)
-        if not (tracing() or in_functorch()): keep_updates(module, raised)
-        return output
+        with nullcontext() if tracing() else raising:
+            raised = {name: t.to(at_least_float32(t.dtype))
+                      for tensors in (module.named_parameters(), module.named_buffers())
+                      for name, t in tensors if t.dtype != at_least_float32(t.dtype)}
+            if raised:
+                output = torch.func.functional_call(module, raised, args, kwargs)
+                if not (tracing() or in_functorch()): keep_updates(module, raised)
+                return output
+        return module(*args, **kwargs)
 
 # %% ../nbs/21_layers.ipynb #ae244943
 def accepts(kernel, argument):
@@ -197,6 +204,19 @@ class CausalConv1d(nn.Conv1d):
         x = F.pad(x, (span, 0), mode='constant' if self.padding_mode == 'zeros' else self.padding_mode)
         return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
+# %% ../nbs/21_layers.ipynb #21a00001
+def run_layer(layer, x, **given):
+    "The output of a layer without its hooks and without what a subclass adds."
+    return CKConv.forward(layer, x, **given)
+
+def layer_proxy(layer, x, given):
+    """The layer as one node of a graph of torch.fx. The hooks of the layer and the `forward` of a subclass have been
+    traced on the way here, so the node must not call them again."""
+    tracer, path = x.tracer, x.tracer.path_of_module(layer)
+    traced = layer._forward_hooks or layer._forward_pre_hooks or type(layer).forward is not CKConv.forward
+    if not traced: return tracer.create_proxy('call_module', path, (x,), given)
+    return tracer.create_proxy('call_function', run_layer, (tracer.create_proxy('get_attr', path, (), {}), x), given)
+
 # %% ../nbs/21_layers.ipynb #b25f10ed
 class CKConv(ContinuousKernel):
     """Continuous kernel convolution (Romero et al., 2021): `(B, in_channels, *S)` to `(B, out_channels, *S)`.
@@ -268,9 +288,9 @@ class CKConv(ContinuousKernel):
         """Convolve: `(B, out_channels, *out)`. Where samples are missing, sums are divided by the share of the mask
         that met samples."""
         given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
-        if isinstance(x, torch.fx.Proxy):                # torch.fx shall see a layer, not what is in it
-            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), given)
+        if isinstance(x, torch.fx.Proxy): return layer_proxy(self, x, given)
         if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
+        if in_functorch() and type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
         try:
             if t is not None: return self.convolve_at(**given, x=x)
             return self.convolve(x, self.bias) if present is None else self.convolve_present(x, present)
@@ -291,7 +311,8 @@ class CKConv(ContinuousKernel):
         "The output on the grid where samples are missing."
         if x.ndim == self.ndim + 1: return self.convolve_present(x[None], present)[0]
         present = check_present(present, len(x), x.shape[2:])                          # (1 or B, *S)
-        y = self.convolve(x.masked_fill(~present[:, None], 0), None)
+        known = x.masked_fill(~present[:, None], 0)
+        y = self.convolve(to_channels_last(known) if is_channels_last(x) else known, None)
         bounds, wide = self.bounds(), torch.float32 if x.device.type == 'mps' else torch.float64
         mask = self.mask_values(bounds)
         if mask is None: mask = torch.ones(self.size, device=x.device)
@@ -528,7 +549,11 @@ class FlexConv(CKConv):
             bounds = tuple((a-1, b if self.causal else b+1) if b-a == 1 < n else (a, b)
                            for (a, b), n in zip(bounds, self.grid_size))
             exact = False
-        return self.sample_kernel(bounds, exact), bounds
+        kernel = self.sample_kernel(bounds, exact)
+        if self.mask.sigma.is_meta and not getattr(kernel, 'basis', kernel).is_meta:
+            raise ValueError('the mask must have values; its sigma is on the meta device '
+                             f'(for cpu_offload of accelerate give preload_module_classes=[{type(self).__name__!r}])')
+        return kernel, bounds
 
     def train(self, mode=True):
         self.window.clear()

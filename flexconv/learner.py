@@ -99,7 +99,7 @@ def flex_learner(dls,                 # fastai `DataLoaders`
                  opt_func=None,       # by default `MaskAdam`
                  **kwargs):           # further arguments of `Learner`
     """A fastai `Learner` with the usual callbacks: kernel sizes are recorded, and a loss that is not finite stops the
-    training. Masks learn at `mask_lr` times the learning rate. A model by name is made and trained as it is registered."""
+    training. Masks learn at `mask_lr` times the learning rate. A model by name is made and trained as registered."""
     known = model_registry[check_choice(model, model_registry, 'model')] if isinstance(model, str) else None
     suits = known.settings if known else {}
     lr = check_number((known.lr if known else 0.01) if lr is None else lr, 'lr', 0)

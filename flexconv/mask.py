@@ -106,7 +106,7 @@ class GaussianMask(nn.Module):
         self.mean = nn.Parameter(new(check_numbers(mean, self.ndim, 'mean')))
 
     def settings(self, spacing):
-        "The arguments of `mask_values` after the positions, in float32 at least: mean, sigma, smallest |sigma|, cutoff."
+        "The arguments of `mask_values`: mean, sigma, smallest |sigma|, cutoff; in float32 at least."
         mean, sigma = (p.to(at_least_float32(p.dtype)) for p in (self.mean, self.sigma))
         cutoff = cutoff_in_sigmas(self.threshold)
         spacings = spacing if isinstance(spacing, (tuple, list)) else [spacing]*self.ndim

@@ -277,7 +277,7 @@ def load_pretrained(model, weights,
                     new_head):   # True: the layer that gives the scores stays as it is
     "Load trained weights into a model, adapted to its input channels. A ValueError names what does not fit."
     state = model.state_dict()
-    weights = bare_names(weights, state)
+    weights = bare_names(weights, model)
     if channels[0] != channels[1]: weights = for_channels(weights, state, *channels)
     head = getattr(model, 'head_name', 'head') + '.'
     if new_head: weights = {name: state[name] if name.startswith(head) else value for name, value in weights.items()}

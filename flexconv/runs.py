@@ -70,15 +70,15 @@ def about_run(folder):
     measured = dict(accuracy='accuracy', loss='valid_loss')
     hours = sum(float(row['seconds']) for row in rows)/3600
     results = dict(epochs=len(rows), hours=round(hours, 2), device=cfg.get('device'))
-    results |= {name: float(rows[-1][column]) for name, column in measured.items() if column in rows[-1]}
+    results |= {name: float(rows[-1][column]) for name, column in measured.items() if rows[-1].get(column)}
     return dict(model=cfg['model'], in_channels=record['input_shape'][0], num_classes=record['num_classes'],
                 options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,
                 versions=cfg.get('versions'))
 
 # %% ../nbs/47_runs.ipynb #022e90d3
 def best_epoch(rows):
-    "The number of the row with the highest accuracy, the first of several."
-    return max(range(len(rows)), key=lambda i: float(rows[i]['accuracy']))
+    "The number of the row with the highest accuracy, the first of several; epochs without validation have none."
+    return max(range(len(rows)), key=lambda i: float(rows[i].get('accuracy') or '-inf'))
 
 def is_late(rows, patience):
     "True if none of the last epochs, `patience` in number, is the best."
@@ -94,6 +94,11 @@ class RunRecorder(Callback):
                  rows=None,           # rows of the epochs before, where a run goes on
                  keep_best=False):    # True: `best.safetensors` has the weights of the epoch with the best accuracy
         self.folder, self.rows, self.keep_best = Path(folder), list(rows or []), keep_best
+
+    def before_fit(self):
+        names = self.recorder.metrics.attrgot('name')
+        if self.keep_best and 'accuracy' not in names:
+            raise ValueError(f'keep_best needs accuracy among the metrics; got {", ".join(names)}')
 
     def before_epoch(self): self.start, self.losses = time.perf_counter(), []
 

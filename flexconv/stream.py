@@ -143,15 +143,15 @@ def agrees(whole,    # output for the whole sequence
     return torch.allclose(joined, whole, rtol=0, atol=tolerance, equal_nan=True)
 
 # %% ../nbs/36_stream.ipynb #91a1eb7e
-def random_sequence(model):
-    "A random sequence of 32 samples that a model takes, `(1, C, 32)`."
+def random_sequence(model, length=2048):
+    "A random sequence that a model takes, `(1, C, length)`."
     widths = [m.in_features if isinstance(m, nn.Linear) else m.in_channels
               for m in model.modules() if isinstance(m, (nn.Conv1d, CKConv, nn.Linear))]
     random = torch.Generator().manual_seed(0)
     weight = next(model.parameters())
     error = None
     for channels in dict.fromkeys(widths):
-        x = torch.randn(1, channels, 32, generator=random).to(weight)
+        x = torch.randn(1, channels, length, generator=random).to(weight)
         try: model(x)
         except Exception as e: error = error or e
         else: return x
@@ -160,12 +160,14 @@ def random_sequence(model):
 # %% ../nbs/36_stream.ipynb #b2cef58b
 @torch.no_grad()
 def check_local_layers(model):    # with streaming convolutions
-    "Raises ValueError, with the name of the layer, where another layer than those convolutions looks across time."
-    x = random_sequence(model)
+    """Raises ValueError, with the name of the layer, where another layer than those convolutions looks across time, as
+    far as 2,048 samples tell; 256 where the layers take times, and compare each sample with each."""
+    timed = any(isinstance(m, TimedConv1d) for m in model.modules())
+    x = random_sequence(model, 256 if timed else 2048)
     forget(model)
     whole = layer_outputs(model, x)
     forget(model)
-    try: parts = [layer_outputs(model, chunk) for chunk in x.split([1, 12, 19], -1)]
+    try: parts = [layer_outputs(model, chunk) for chunk in x.split([1, 12, 19, x.shape[-1] - 32], -1)]
     except ValueError as e: raise ValueError(f'model must take chunks of any length; {e}') from e
     finally: forget(model)
     for (name, output), *chunks in zip(whole, *parts):

@@ -49,7 +49,7 @@ def images_and_labels(items):
     "Images, and labels or None, of a list of images or of pairs `(image, label)`. Lists of both give a ValueError."
     if isinstance(items, (str, bytes, Path)): raise ValueError(f'items must be a list of images; got {items!r}')
     items = list(items)
-    pairs = [isinstance(item, tuple) and len(item) == 2 for item in items]
+    pairs = [isinstance(item, (tuple, list)) and len(item) == 2 for item in items]
     if not any(pairs): return [item[0] if isinstance(item, tuple) else item for item in items], None
     if not all(pairs):
         raise ValueError(f'items must all be pairs (image, label), or none; {sum(pairs)} of {len(items)} are')

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import in_functorch
+from .core import out_of_place
 
 # %% ../nbs/10_transforms.ipynb #bb6a6473
 def fourier_matrix(length,         # L, number of positions on the circle
@@ -107,7 +107,7 @@ def _transform(transform, t):
 # %% ../nbs/10_transforms.ipynb #19e4ca20
 def _add_product(t, a, b, factor=1):
     "`t + factor * a b` for stacks of matrices, in the memory of `t` where that is possible."
-    if in_functorch(): return t + factor*torch.bmm(a, b)
+    if out_of_place(): return t + factor*torch.bmm(a, b)
     if len(t) == 1: return t[0].addmm_(a[0], b[0], alpha=factor)[None]
     return t.baddbmm_(a, b, alpha=factor)
 
@@ -121,7 +121,7 @@ def _transpose(transform, re, im, constant=None):
     t = _add_product(_times(a, re), b.expand(n, -1, -1), im)
     if constant is not None:
         column = torch.outer(a[0, :, 0], constant*transform.scale)[None]
-        if in_functorch(): t = torch.cat([t[:1] + column, t[1:]])
+        if out_of_place(): t = torch.cat([t[:1] + column, t[1:]])
         else: t[:1] += column
     for rows in reversed(steps[:-1]):
         n //= rows[0].shape[-2]//2

@@ -260,8 +260,10 @@ COMMANDS = [
     ('flexconv_train', dict(target=1), ['target must be an int of at least 2', 'got 1']),
     ('flexconv_train', dict(device='meta'), ["device 'meta' cannot be used"]),
     ('flexconv_train', dict(seed=2**70), ['seed must be below 2**32']),
-    ('flexconv_train', dict(out=''), ['out must name a folder']),
-    ('flexconv_train', dict(resume=''), ['resume must name a run folder']),
+    *((name, {option: ''}, [f"{option} must not be empty; got ''"])
+      for name, options in (('flexconv_train', ('out', 'resume', 'init', 'data')), ('flexconv_bench', ('out',)),
+                            ('flexconv_export', ('run', 'out', 'hub')), ('flexconv_eval', ('run', 'data')))
+      for option in options),
     ('flexconv_train', dict(valid_pct=2.), ['valid_pct must be a number', '2']),
 ]
 

@@ -1,8 +1,9 @@
 """What a layer remembers: sizes that are not read at every step, kernels and spectra in use.
 
 None of it may be seen in a value."""
-import copy, math, pickle
-import pytest, torch
+import copy, math, pickle, random
+from concurrent.futures import ThreadPoolExecutor
+import accelerate, numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from flexconv import layers
@@ -172,3 +173,43 @@ def test_autocast_leaves_nothing_behind(method):
         assert torch.allclose(layer(x), want, atol=1e-6*want.abs().max().item())
         layer.mask.threshold = 0.5
         assert not torch.allclose(layer(x), want, atol=1e-3*want.abs().max().item())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_threads_share_a_network_in_half_precision(dtype):
+    "With gradients on, no kernel is kept: every call puts float32 copies of the parameters into the kernel networks."
+    torch.manual_seed(0)
+    net = nn.Sequential(FlexConv2d(3, 4, 9), FlexConv2d(4, 4, 9)).to(dtype).eval()
+    x = torch.randn(2, 3, 12, 12).to(dtype)
+    want = net(x).detach()
+    def run(_): return all(torch.equal(net(x).detach(), want) for _ in range(20))
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(run, range(4)))
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+class Noisy(nn.Module):
+    "A kernel network that draws from a generator."
+    def __init__(self, ndim, out_channels, draw):
+        super().__init__()
+        self.out_channels, self.draw = out_channels, draw
+        self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, positions): return self.scale*self.draw()*torch.ones(self.out_channels, *positions.shape[1:])
+
+
+@pytest.mark.parametrize('draw', [lambda: torch.rand(()).item(), lambda: float(np.random.rand()), random.random])
+def test_kernels_that_are_drawn_are_not_kept(draw):
+    layer, x = FlexConv2d(1, 1, 9, kernel=lambda ndim, out: Noisy(ndim, out, draw)).eval(), torch.randn(1, 1, 8, 8)
+    with torch.no_grad(): assert not torch.equal(layer(x), layer(x))
+
+
+def test_sizes_of_an_offloaded_network_are_refused():
+    "accelerate brings parameters to each module's own forward pass; the size of a kernel is read outside the mask's."
+    net, x = nn.Sequential(FlexConv2d(2, 3, 9)).eval(), torch.randn(1, 2, 8, 8)
+    with torch.no_grad(): want = net(x)
+    whole, parts = copy.deepcopy(net), copy.deepcopy(net)
+    accelerate.cpu_offload(whole, torch.device('cpu'), preload_module_classes=['FlexConv2d'])
+    accelerate.cpu_offload(parts, torch.device('cpu'))
+    with torch.no_grad():
+        assert torch.allclose(whole(x), want, atol=1e-6)
+        with pytest.raises(ValueError, match="give preload_module_classes=.'FlexConv2d'."): parts(x)
+    assert net.to('meta')(x.to('meta')).shape == want.shape

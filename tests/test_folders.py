@@ -1,5 +1,5 @@
 "Folders of images, their splits and records, test sets of one's own, and learners written to files."
-import json, random, re, shutil, warnings
+import json, random, re, shutil, warnings, zlib
 import numpy as np
 import pytest
 import torch
@@ -18,8 +18,8 @@ from torch import nn
 
 def write(path, files, size=(10, 12), mode='RGB'):
     "Random images; the folder."
-    rng = np.random.default_rng(0)
     for f in files:
+        rng = np.random.default_rng(zlib.crc32(f.encode()))                   # no two are equal
         (path/f).parent.mkdir(parents=True, exist_ok=True)
         array = rng.integers(0, 255, (size[1], size[0], len(mode)), np.uint8)
         Image.fromarray(array if mode == 'RGB' else array[..., 0]).save(path/f)
@@ -674,6 +674,23 @@ def test_one_file_is_not_in_two_places(link, target, tmp_path):
     (path/link).parent.mkdir(parents=True, exist_ok=True)
     (path/link).symlink_to(target)
     with pytest.raises(ValueError, match='holds one file as .* and as'): divide(path)
+
+
+def test_hard_links_and_copies(tmp_path):
+    "A hard link is one file; copies are files of their own, whose accuracy means little."
+    path = write(tmp_path/'d', pictures(4, 'train/cat', 'train/dog') + ['valid/dog/9.png', 'valid/cat/9.png'])
+    images = [path/f for f in pictures(4, 'train/cat', 'train/dog')]
+    for i, file in enumerate(images): Image.fromarray(np.full((12, 10, 3), i, np.uint8)).save(file)
+    shutil.copy(images[1], path/'valid/cat/8.png')
+    with pytest.warns(RuntimeWarning, match='1 of 3 validation images are copies of .*: valid/cat/8.png$'): divide(path)
+    (path/'valid/cat/7.png').hardlink_to(images[2])
+    with pytest.raises(ValueError, match='holds one file as train/cat/2.png and as valid/cat/7.png'): divide(path)
+
+
+def test_pairs_may_be_lists():
+    dls = get_dls('digits')
+    batch = dls.test_dl([[dls.valid_ds.x[i], int(dls.valid_ds.y[i])] for i in range(3)]).one_batch()
+    assert batch[1].tolist() == dls.valid_ds.y[:3].tolist()
 
 
 def test_files_without_the_name_of_an_image_are_named(tmp_path):

@@ -1,5 +1,6 @@
 "Samples with times of their own: against the grid, against a direct double sum, gradients, and missing samples."
 import copy, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from torch import nn
 from flexconv.at_times import AtTimes
@@ -335,3 +336,22 @@ def test_hooks_on_a_mask_and_other_masks_count_at_given_times():
     mask.load_state_dict(layer.mask.state_dict())
     layer.mask = mask
     torch.testing.assert_close(layer(x, t=t), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_threads_have_times_of_their_own():
+    torch.manual_seed(0)
+    net = AtTimes(nn.Sequential(FlexConv1d(1, 4, 17, causal=True), nn.ReLU(), FlexConv1d(4, 2, 17, causal=True)).eval())
+    inputs = [(torch.randn(1, 1, 40), torch.rand(40).cumsum(0)*(i + 1)) for i in range(4)]
+    with torch.no_grad(): want = [net(x, t) for x, t in inputs]
+    def run(i):
+        with torch.no_grad(): return max((net(*inputs[i]) - want[i]).abs().max().item() for _ in range(30))
+    with ThreadPoolExecutor(4) as pool: assert max(pool.map(run, range(4))) < 1e-6
+
+
+def test_missing_pixels_keep_the_memory_format():
+    x = torch.randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    present = torch.rand(12, 12) < 0.9
+    for method in 'direct', 'fft', 'matmul':
+        layer = FlexConv2d(3, 4, 9, conv_method=method)
+        wanted = layer(x).is_contiguous(memory_format=torch.channels_last)
+        assert layer(x, present=present).is_contiguous(memory_format=torch.channels_last) == wanted

@@ -6,6 +6,7 @@ import pytest, torch
 from torch import nn
 from flexconv.conv import LowRankKernel, conv_nd
 from flexconv.export import bake, export_onnx, export_program
+from flexconv.layers import FlexConv2d
 from flexconv.registry import create_model
 from helpers import relative_gap
 
@@ -173,3 +174,32 @@ def test_exports_run_elsewhere(name, shape, kw, tmp_path):
         for got in (program(x).detach(), torch.from_numpy(session.run(None, dict(x=x.numpy()))[0]),
                     bake(net)(x).detach()):
             assert relative_gap([got], [want]) < 1e-5
+
+
+# -- torch.fx
+
+class Doubled(FlexConv2d):
+    "A layer with a `forward` of its own."
+    def forward(self, x): return 2*super().forward(x) + 1
+
+
+def hooked(kind, hook):
+    layer = FlexConv2d(2, 3, 9)
+    getattr(layer, f'register_forward_{kind}')(hook)
+    return layer
+
+
+@pytest.mark.parametrize('make', [lambda: hooked('hook', lambda m, args, out: 2*out),
+                                  lambda: hooked('pre_hook', lambda m, args: (args[0] + 1,)),
+                                  lambda: Doubled(2, 3, 9), lambda: FlexConv2d(2, 3, 9)],
+                         ids=['hook', 'pre-hook', 'subclass', 'layer'])
+def test_fx_runs_hooks_and_subclasses_once(make):
+    net, x = nn.Sequential(make(), nn.ReLU()).eval(), torch.randn(2, 2, 12, 12)
+    graph = torch.fx.symbolic_trace(net)
+    graph.graph.lint()
+    assert torch.allclose(graph(x), net(x), atol=1e-6)
+    with torch.no_grad(): net[0].bias.add_(1)
+    assert torch.allclose(graph(x), net(x), atol=1e-6)                       # its parameters, not copies
+    whole = torch.fx.symbolic_trace(net.train())
+    whole(x).sum().backward()
+    assert net[0].mask.sigma.grad.abs().sum() > 0

@@ -24,6 +24,8 @@ def test_import_is_light():
     heavy = ('torch', 'fastai', 'matplotlib', 'sklearn', 'pandas')
     loaded = python(f'import sys, flexconv; print(*(m for m in {heavy} if m in sys.modules))')
     assert loaded == 'torch'
+    loaded = python('import sys; from flexconv.optimizer import param_groups; print("fastai" in sys.modules)')
+    assert loaded == 'False'                      # the loop of one's own needs none
     shown = python('import flexconv; print(flexconv.FlexConv2d(3, 8, 33).size, flexconv.__version__)')
     assert shown.startswith('(5, 5)')
 

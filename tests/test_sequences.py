@@ -1,5 +1,6 @@
 "Causal networks: they never look ahead, and a stream gives what the whole sequence gives."
 import pytest, torch
+from torch import nn
 from hypothesis import given, settings, strategies as st
 from flexconv.export import bake
 from flexconv.registry import create_model, list_models
@@ -96,3 +97,17 @@ def test_a_stream_keeps_no_more_than_it_needs(times):
     stream(torch.randn(1, 1, 10_000))
     past, = [m.past[0] if times else m.past for m in stream.model.modules() if getattr(m, 'past', None) is not None]
     assert past.untyped_storage().nbytes() == past.numel()*4 <= 4*9
+
+
+class Echo(nn.Module):
+    "Adds what was some samples ago."
+    def __init__(self, lag):
+        super().__init__()
+        self.lag = lag
+    def forward(self, x): return x + 0.5*nn.functional.pad(x, (self.lag, 0))[..., :x.shape[-1]]
+
+
+@pytest.mark.parametrize('lag', [1, 31, 32, 50, 700, 1500])
+def test_layers_that_look_far_back_are_refused(lag):
+    net = nn.Sequential(FlexConv1d(1, 4, 17, causal=True), Echo(lag), nn.Conv1d(4, 2, 1)).eval()
+    with pytest.raises(ValueError, match='must act on each time step alone'): Stream(net)

@@ -7,13 +7,15 @@ from flexconv.tensors import ImageTensors
 from flexconv.layers import FlexConv2d
 from flexconv.optimizer import mask_parameters, param_groups, split_masks
 from flexconv.learner import MaskAdam, cosine_schedule, flex_learner, model_for
-from flexconv.callbacks import kernel_norm
+from flexconv.callbacks import AliasingLoss, KernelNorm, kernel_norm
+from flexconv.flexnet import FlexNet
 from flexconv.files import read_csv, read_weights
-from flexconv.registry import create_model
+from flexconv.registry import create_model, register_model
 from flexconv.resolution import set_resolution
-from flexconv.runs import load_run
-from fastai.callback.core import Callback
+from flexconv.runs import RunRecorder, best_epoch, is_late, load_run
+from fastai.callback.core import Callback, CancelValidException
 from fastai.data.external import fastai_path
+from fastai.metrics import error_rate
 from fastai.torch_core import set_seed
 from PIL import Image
 from safetensors.torch import load_file
@@ -529,3 +531,48 @@ def test_a_regression_has_outputs_and_no_classes():
     learn = flex_learner(dls, 'flexnet3', torch.nn.MSELoss(), metrics=[])
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
     assert learn.model.num_classes == 2 and len(learn.final_record) == 2
+
+
+class SkipValidation(Callback):
+    "Validates in every other epoch only."
+    order = -5
+    def before_validate(self):
+        if self.epoch % 2 == 0: raise CancelValidException
+
+
+def test_epochs_without_validation_are_recorded(tmp_path):
+    learn = flex_learner(get_dls('digits', max_items=64), 'flexnet3')
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_cosine(3, cbs=[SkipValidation(), RunRecorder(tmp_path, keep_best=True)])
+    rows = read_csv(tmp_path/'metrics.csv')
+    assert [bool(row['accuracy']) for row in rows] == [False, True, False]
+    assert best_epoch(rows) == 1 and (tmp_path/'best.safetensors').exists()
+    assert not is_late(rows, 2) and is_late(rows, 1)
+
+
+def test_the_best_epoch_needs_accuracy(tmp_path):
+    learn = flex_learner(get_dls('digits', max_items=64), 'flexnet3', metrics=error_rate)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_cosine(1, cbs=RunRecorder(tmp_path/'..'))
+        with pytest.raises(ValueError, match='keep_best needs accuracy among the metrics; got error_rate'):
+            learn.fit_cosine(1, cbs=RunRecorder(tmp_path, keep_best=True))
+
+
+def test_settings_of_a_registered_model_count_in_python_too():
+    settings = dict(sigma=0.4, dropout=0.3, mask_lr=0.5, weight_decay=0.1, kernel_norm=1e-3, aliasing=0.2,
+                    label_smoothing=0.1)
+    @register_model(input='image', settings=settings, lr=0.02)
+    def own(in_channels=3, num_classes=10, **options): return FlexNet(in_channels, num_classes, (4,), 4, **options)
+    try:
+        learn = flex_learner(get_dls('digits'), 'own')
+        theirs = flex_learner(get_dls('digits'), 'own', mask_lr=0.2, cbs=AliasingLoss(0.7))
+    finally: del model_registry['own']
+    penalties = {type(cb): cb for cb in learn.cbs if isinstance(cb, (AliasingLoss, KernelNorm))}
+    assert (penalties[AliasingLoss].kwargs, penalties[KernelNorm].factor) == (dict(factor=0.2), 1e-3)
+    assert [cb.kwargs for cb in theirs.cbs if isinstance(cb, AliasingLoss)] == [dict(factor=0.7)]
+    assert learn.lr == 0.02 and learn.opt_func.keywords == dict(mask_lr=0.5, weight_decay=0.1, decoupled=True)
+    assert theirs.opt_func.keywords['mask_lr'] == 0.2
+    assert learn.loss_func.func.label_smoothing == 0.1 and learn.model.blocks[0].dropout.p == 0.3
+    assert learn.model.stem.mask.sigma.tolist() == pytest.approx([0.4, 0.4])
+    with pytest.raises(ValueError, match="Did you mean 'mask_lr'"): register_model(settings=dict(mask_ler=3))(own)
+    with pytest.raises(ValueError, match='takes must be a tuple of names'): register_model(takes='kernel_size')(own)
