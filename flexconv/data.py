@@ -118,11 +118,14 @@ data_sets = {}    # name -> function that returns a `DataSet`
 class DataSet:
     "Images or sequences, and labels, of a training and a test split, and what belongs to them."
     def __init__(self,
-                 train_x, train_y, test_x, test_y,    # uint8 `(N, C, H, W)`, or sequences `(N, C, L)`; int64 `(N,)`
-                 vocab,                               # names of the classes
-                 stats,                               # (mean, std), each one number per channel, of images in [0, 1]
-                 augment=False,                       # True: usually trained with crops and flips
-                 sequence=None):                      # a `ToSequence`, for sets of sequences
+                 train_x,          # uint8 images `(N, C, H, W)`, or sequences `(N, C, L)`
+                 train_y,          # their classes, int64 `(N,)`
+                 test_x,           # the same of the test set
+                 test_y,           # the same of the test set
+                 vocab,            # names of the classes
+                 stats,            # (mean, std), each one number per channel, of images in [0, 1]
+                 augment=False,    # True: usually trained with crops and flips
+                 sequence=None):   # a `ToSequence`, for sets of sequences
         store_attr()
 
 def register_data_set(fn):    # function `(path)`, or `(path, seed)` if something is drawn, that returns a `DataSet`
@@ -376,8 +379,8 @@ _export = Learner.export
 @patch
 def export(self:Learner,
            fname='export.pkl',             # relative to `learn.path`
-           pickle_module=cloudpickle,
-           pickle_protocol=2):
+           pickle_module=cloudpickle,      # what pickles
+           pickle_protocol=2):             # its protocol
     "Write the `Learner` without its data, for inference. An export that fails changes nothing."
     kept, file = (self.dls, self.opt), self.path/fname
     part = file.with_name(file.name + '.part')

@@ -82,7 +82,7 @@ def accuracy_text(found):    # of `measured`
     if not len(found): return ''
     require_seeds_differ(found)
     if len(found) == 1: accuracy = f'{found.accuracy.iloc[0]:.2f}'
-    else: accuracy = f'{found.accuracy.mean():.1f} ± {found.accuracy.std():.1f}'
+    else: accuracy = f'{found.accuracy.mean():.2f} ± {found.accuracy.std():.2f}'
     seeds = count_text(len(found), 'seed')
     epochs = count_text(int(found.epochs.iloc[0]), 'epoch')
     devices = sorted({device.split(' (')[0] for device in found.device})

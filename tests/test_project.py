@@ -36,7 +36,15 @@ def test_all_gives_everything():
         public = set(import_module(f'flexconv.{module}').__all__)
         if module == 'cli': public = {'flexconv_train', 'flexconv_eval', 'flexconv_export'}
         assert public <= names, (module, public - names)
-    assert {'torch', 'nn', 'F', 'Learner', 'accuracy'} <= names
+    assert {'torch', 'nn', 'F', 'Learner', 'accuracy', 'FlexConv2d', 'MAGNet', 'GaussianMask', 'conv_nd', 'FlexNet',
+            'create_model', 'get_dls', 'flex_learner', 'set_resolution', 'bake', 'Stream', 'convert', 'load_run',
+            'layer_table', 'show_kernels', 'param_groups'} <= names
+
+
+def test_a_cell_is_exported_in_one_way():
+    "nbdev heeds the first of several directives, so that public names would be lost."
+    cells = [(nb.stem, ''.join(c['source'])) for nb in NOTEBOOKS for c in json.loads(nb.read_text())['cells']]
+    assert not [(name, s[:80]) for name, s in cells if len(re.findall(r'^#\| *exports?i?\b', s, re.M)) > 1]
 
 
 def test_no_name_hides_one_of_fastai():

@@ -47,7 +47,7 @@ def test_no_file_no_number(monkeypatch, tmp_path):
         if not isinstance(value, pd.DataFrame): continue
         for column in value:
             if 'measured' in column:
-                assert set(value[column]) <= {'not measured', ''}, column
+                assert set(value[column]) <= {'not measured', '-'}, column
                 seen += 1
     assert seen >= 6
 

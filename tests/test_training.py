@@ -375,7 +375,7 @@ def test_weights_of_a_permuted_set_know_their_permutation(tmp_path):
     from flexconv.cli import evaluation_data
     from flexconv.data import as_sequences, data_sets, digits, register_data_set
     from flexconv.tensors import ToSequence
-    def pdigits(path=None, seed=0): return as_sequences(digits(path, seed), ToSequence(pixels=64, seed=seed))
+    def pdigits(path=None, seed=0): return as_sequences(digits(path), ToSequence(pixels=64, seed=seed))
     register_data_set(pdigits)
     try:
         trained = get_dls('pdigits', seed=3, device='cpu')
