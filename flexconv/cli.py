@@ -284,7 +284,8 @@ def same_kernels(cfg, dls, trained):
 
 def warm_start(cfg, learn, device):
     """The Learner of a configuration with `init`, trained weights of a run or of `list_models(pretrained=True)`, and
-    the configuration with the kernels that they need. Other classes get a new head."""
+    the configuration with the kernels that they need and what they had `before`: epochs and hours on the same data.
+    Other classes get a new head."""
     source = cfg['init']
     trained = load_run(source, 'cpu')
     wanted = same_kernels(cfg, learn.dls, trained)
@@ -295,7 +296,10 @@ def warm_start(cfg, learn, device):
     same = list(trained.dls.vocab) == list(learn.dls.vocab)
     channels = learn.dls.record['input_shape'][0], trained.dls.record['input_shape'][0]
     load_pretrained(learn.model, trained.model.state_dict(), channels, new_head=not same)
-    return wanted, learn
+    about = about_run(source) if Path(source).is_dir() else trained.model.pretrained_cfg
+    done = about.get('results', {}) if about['data']['name'] == learn.dls.record['name'] else {}
+    before = {name: done[name] for name in ('epochs', 'hours') if name in done}
+    return wanted | dict(before=before or None), learn
 
 # %% ../nbs/61_cli.ipynb #5052e6e4
 def run_facts(learn):

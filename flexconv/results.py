@@ -14,22 +14,25 @@ import pandas as pd
 
 # %% ../nbs/63_results.ipynb #5fee1b60
 def read_run(folder):    # a run folder
-    "The row of a run: its configuration, and `folder`, `accuracy`, `minutes`, `finished`."
+    """The row of a run: its configuration, and `folder`, `accuracy`, `minutes`, `finished`, and `epochs_before` of the
+    trained weights that it started from."""
     config = json.loads((folder/'config.json').read_text())
     metrics = folder/'metrics.csv'
     if metrics.exists(): epochs = pd.read_csv(metrics)
     else: epochs = pd.DataFrame(columns=['epoch', 'accuracy', 'seconds'])
     epochs = epochs.astype(dict(accuracy=float, seconds=float))
     accuracy = epochs.accuracy.iloc[-1]*100 if len(epochs) else float('nan')
-    minutes = epochs.seconds.sum()/60
+    before = config.get('before') or {}                      # of the weights that it started from
+    minutes = epochs.seconds.sum()/60 + 60*before.get('hours', 0)
     finished = len(epochs) == config['epochs']
-    return config | dict(folder=folder.name, accuracy=accuracy, minutes=minutes, finished=finished)
+    return config | dict(folder=folder.name, accuracy=accuracy, minutes=minutes, finished=finished,
+                         epochs_before=before.get('epochs', 0))
 
 # %% ../nbs/63_results.ipynb #2c059fe9
 def read_runs(path,    # a folder of run folders
              ):
     """One row per run folder, a DataFrame: its configuration, and `folder`, `accuracy` (percent, last epoch),
-    `minutes` of training, `finished`. A ValueError for a damaged run."""
+    `minutes` of training, `finished`, `epochs_before`. A ValueError for a damaged run."""
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'path must be a folder of run folders; there is no {path}')
     rows = []
@@ -37,7 +40,7 @@ def read_runs(path,    # a folder of run folders
         try: rows.append(read_run(config.parent))
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ValueError(f'{config.parent} is not a whole run: {type(e).__name__}: {e}') from None
-    return pd.DataFrame(rows, columns=None if rows else ['folder', 'accuracy', 'minutes', 'finished'])
+    return pd.DataFrame(rows, columns=None if rows else ['folder', 'accuracy', 'minutes', 'finished', 'epochs_before'])
 
 # %% ../nbs/63_results.ipynb #c3edaed6
 whole_runs = dict(size=None, max_items=None, width=None, valid_pct=None)    # whole data sets and whole networks
@@ -64,7 +67,7 @@ def measured(runs,         # of `read_runs`
 def require_seeds_differ(found):    # of `measured`
     "A ValueError where runs differ in more than their seeds, or share one."
     folders = ', '.join(found.folder)
-    other = {'seed', 'folder', 'accuracy', 'minutes', 'finished', 'device', 'versions', 'initial'}
+    other = {'seed', 'folder', 'accuracy', 'minutes', 'finished', 'device', 'versions', 'initial', 'before'}
     differ = [key for key in found if key not in other and found[key].map(comparable).nunique() > 1]
     if differ: raise ValueError(f'found must differ in seeds only; these differ in {", ".join(differ)}: {folders}')
     if found.seed.duplicated().any():
@@ -85,5 +88,6 @@ def accuracy_text(found):    # of `measured`
     else: accuracy = f'{found.accuracy.mean():.2f} ± {found.accuracy.std():.2f}'
     seeds = count_text(len(found), 'seed')
     epochs = count_text(int(found.epochs.iloc[0]), 'epoch')
+    if found.epochs_before.iloc[0]: epochs = f'{found.epochs_before.iloc[0]:.0f} + {epochs}'
     devices = sorted({device.split(' (')[0] for device in found.device})
     return f'{accuracy} ({seeds}, {epochs}, {found.minutes.mean():.0f} min on {" and ".join(devices)})'

@@ -65,11 +65,12 @@ def about_run(folder):
     if 'files' in record:                               # the list is of no use elsewhere, but which were held out is
         record |= dict(files=dict(train={}, valid={}), split=split_digest(record['files']))
     recipe = ('bs', 'lr', 'warmup_epochs', 'mask_lr', 'weight_decay', 'label_smoothing', 'progressive', 'kernel_norm',
-              'aliasing', 'precision', 'seed')
+              'aliasing', 'precision', 'seed', 'init')
     training = {name: cfg[name] for name in recipe if name in cfg}
     measured = dict(accuracy='accuracy', loss='valid_loss')
-    hours = sum(float(row['seconds']) for row in rows)/3600
-    results = dict(epochs=len(rows), hours=round(hours, 2), device=cfg.get('device'))
+    before = cfg.get('before') or {}                      # of the weights that it started from
+    hours = sum(float(row['seconds']) for row in rows)/3600 + before.get('hours', 0)
+    results = dict(epochs=len(rows) + before.get('epochs', 0), hours=round(hours, 2), device=cfg.get('device'))
     results |= {name: float(rows[-1][column]) for name, column in measured.items() if rows[-1].get(column)}
     return dict(model=cfg['model'], in_channels=record['input_shape'][0], num_classes=record['num_classes'],
                 options=options, scale=cfg.get('scale', 1.), data=record, training=training, results=results,

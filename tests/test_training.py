@@ -12,7 +12,8 @@ from flexconv.flexnet import FlexNet
 from flexconv.files import read_csv, read_weights
 from flexconv.registry import create_model, register_model
 from flexconv.resolution import set_resolution
-from flexconv.runs import RunRecorder, best_epoch, is_late, load_run
+from flexconv.results import accuracy_text, read_runs
+from flexconv.runs import RunRecorder, about_run, best_epoch, is_late, load_run
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.external import fastai_path
 from fastai.metrics import error_rate
@@ -346,6 +347,11 @@ def test_init_starts_from_trained_weights(narrow, tmp_path):
     before, after = (read_weights(folder/'model.safetensors')[0] for folder in (narrow, tmp_path/'warm'))
     weights = [name for name, v in before.items() if v.is_floating_point() and 'running' not in name]
     assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in weights)
+    config, known = json.loads((tmp_path/'warm/config.json').read_text()), about_run(tmp_path/'warm')['results']
+    hours = sum(float(row['seconds']) for row in read_csv(narrow/'metrics.csv'))/3600
+    assert config['before'] == dict(epochs=1, hours=round(hours, 2)) and known['epochs'] == 2      # of both trainings
+    rows = read_runs(tmp_path)
+    assert '(1 seed, 1 + 1 epoch, ' in accuracy_text(rows) and rows.epochs_before.tolist() == [1]
     assert 'do not fit this model' in run('flexconv_train', '--width', '6', '--init', narrow, code=2).stderr
 
 
