@@ -144,7 +144,7 @@ class ProgressiveResize(Callback):
         if not stages: raise ValueError('stages must hold at least one pair (size, epochs); got none')
         self.stages = [(check_int(size, 'size', minimum=2), check_int(epochs, 'epochs')) for size, epochs in stages]
 
-    def size_at(self, epoch):
+    def size_at(self, epoch):    # counted from 0
         "Width in pixels in an epoch of training, or None for full size."
         for size, epochs in self.stages:
             if epoch < epochs: return size

@@ -67,7 +67,7 @@ class KernelSizes(Callback):
             if writer is not None: self.write(writer)
         self.trained = False
 
-    def write(self, writer):
+    def write(self, writer):    # of TensorBoard
         "The sizes of now for TensorBoard, where fastai's `TensorBoardCallback` is at work: geometric means, in pixels."
         for name, size in self.history[-1].items():
             writer.add_scalar(f'kernel_size/{name}', math.prod(size)**(1/len(size)), self.train_iter)
@@ -108,9 +108,9 @@ def kernel_in_window(layer):
 
 def sampled_kernel(layer):
     "The kernel of a layer, perhaps with zeros around it: in training, no size is read from a GPU."
-    waits = read_blocks(layer.first_parameter().device)
+    blocks = read_blocks(layer.first_parameter().device)
     has_window = hasattr(layer, 'window') and layer.window.fits(layer.grid_size)
-    return kernel_in_window(layer) if waits and has_window and layer.training else layer.kernel()
+    return kernel_in_window(layer) if blocks and has_window and layer.training else layer.kernel()
 
 # %% ../nbs/44_callbacks.ipynb #67062369
 def kernel_norm(model,          # a layer, or a network that contains some
@@ -162,7 +162,7 @@ class StopNonFinite(Callback):
         if names: raise NonFiniteLoss(f'{names[0]} has values that are not finite at the end of epoch {self.epoch}. '
                                       'Nothing of this epoch was saved')
 
-    def not_finite(self, buffers=True):
+    def not_finite(self, buffers=True):    # True: look at buffers, too
         "Parameters, and buffers (which a bad step spoils as well), with infinite values or NaN."
         model = get_model(self.model)
         named = {f'parameter {name}': p.detach() for name, p in model.named_parameters()}
@@ -205,7 +205,7 @@ class WatchMasks(Callback):
                           f'in epoch {self.epoch}; it still learns, and may come back', RuntimeWarning, stacklevel=2)
 
     @staticmethod
-    def complaint(layer):
+    def complaint(layer):    # a FlexConv
         "The fault of a layer's mask as text, None where there is none."
         if all(s == 1 < n for s, n in zip(layer.size, layer.grid_size)): return 'has shrunk to one pixel'
         mean, sigma = layer.mask.mean.detach().abs(), layer.mask.sigma.detach().abs()
@@ -223,7 +223,7 @@ class DevicePrecision(Callback):
         self.reorder = self.dls.device.type == 'cpu'
         mixed.before_fit = partial(self.start, mixed)
 
-    def start(self, mixed):
+    def start(self, mixed):    # the `MixedPrecision` of the Learner
         "`MixedPrecision.before_fit` for this device."
         device, dtype = self.dls.device.type, torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
         mixed.autocast, mixed.scales = torch.autocast(device, dtype=dtype), L()

@@ -43,7 +43,7 @@ class LowRankKernel:
         "The weight, `(out_channels, in_channels/groups, *N)`."
         return (self.mix.flatten(0, 1) @ self.basis.flatten(1)).view(self.shape)
 
-    def at(self, slices):
+    def at(self, slices):    # of the spatial axes, a tuple
         "The kernel at a part of its positions, one slice per axis."
         return LowRankKernel(self.mix, self.basis[(slice(None), *slices)])
 

@@ -67,11 +67,11 @@ class ResidualBlock(nn.Module):
         self.small2 = small(out_channels, out_channels) if small else None
         self.shortcut = nn.Identity() if in_channels == out_channels else shortcut(in_channels, out_channels)
 
-    def first(self, x):
+    def first(self, x):    # (B, in_channels, *S)
         "The first convolution, normalised."
         return add_small(self.norm1(self.conv1(x)), self.small1, x)
 
-    def second(self, h):
+    def second(self, h):    # (B, out_channels, *S)
         "The second convolution, normalised."
         return add_small(self.norm2(self.conv2(h)), self.small2, h)
 

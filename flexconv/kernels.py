@@ -192,7 +192,7 @@ class MultiplicativeFilterNetwork(KernelNetwork):
         self.linear = nn.ModuleList(new(self.hidden, self.hidden) for _ in range(self.layers))
         self.output_linear = new(self.hidden, self.out_channels)
 
-    def new_filter(self, l, **kwargs):
+    def new_filter(self, l, **kwargs):    # number of the filter, from 0; where and in which dtype
         "The module of filter `l`, `(ndim, N)` to `(hidden, N)`; a subclass defines it."
         raise NotImplementedError(f'{type(self).__name__} must define new_filter()')
 
@@ -247,7 +247,7 @@ class FourierNet(MultiplicativeFilterNetwork):
         self.input_scale = check_number(input_scale, 'input_scale', 0)
         super().__init__(ndim, out_channels, hidden, layers, device, dtype)
 
-    def new_filter(self, l, **kwargs):
+    def new_filter(self, l, **kwargs):    # number of the filter, from 0; where and in which dtype
         return FourierFilter(self.ndim, self.hidden, self.input_scale/math.sqrt(self.layers+1), **kwargs)
 
     def filter_values(self, points):
@@ -353,11 +353,11 @@ class GaborNet(FourierNet):
         self.mu_range = check_number(mu_range, 'mu_range', 0)
         super().__init__(ndim, out_channels, hidden, layers, input_scale, device=device, dtype=dtype)
 
-    def new_gamma(self, l, **kwargs):
+    def new_gamma(self, l, **kwargs):    # number of the filter, from 0; where and in which dtype
         "Inverse widths of filter `l`: `Gamma(6/(layers+1), 1)`, one per unit."
         return sample_gamma(6/(self.layers+1), self.hidden, 1, **kwargs)
 
-    def new_filter(self, l, **kwargs):
+    def new_filter(self, l, **kwargs):    # number of the filter, from 0; where and in which dtype
         scale = self.input_scale/math.sqrt(self.layers+1)
         return GaborFilter(self.ndim, self.hidden, scale, self.new_gamma(l, **kwargs), self.mu_range, **kwargs)
 

@@ -82,6 +82,12 @@ def accepts(kernel, argument):
     if not callable(kernel): kernel = kernel_networks[check_choice(kernel, kernel_networks, 'kernel')]
     return argument in inspect.signature(kernel).parameters
 
+# %% ../nbs/21_layers.ipynb #21a00002
+def require_one_axis(layer):
+    "A ValueError for images and volumes: time is one axis."
+    ndim = len(layer.kernel_size)
+    if ndim > 1: raise ValueError(f't is for sequences, layers of one axis; got a layer of {ndim} axes')
+
 # %% ../nbs/21_layers.ipynb #ad1345ee
 class ContinuousKernel(nn.Module):
     "A kernel `(*shape, *size)` that is a function of position, sampled on a grid. Base of CKConv."
@@ -163,7 +169,7 @@ class ContinuousKernel(nn.Module):
         self.check_values(values)
         return (values*factor).unflatten(0, self.shape).to(self.first_parameter().dtype)
 
-    def check_values(self, values):
+    def check_values(self, values):    # of the kernel network
         "A ValueError if the kernel network gives another number of values than the kernel has."
         if len(values) == math.prod(self.shape): return
         raise ValueError(f'kernel must give {math.prod(self.shape)} values per position '
@@ -177,14 +183,16 @@ class ContinuousKernel(nn.Module):
 
     def reach(self):
         "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
+        require_one_axis(self)
         span, rounding = self.grid_size[0] - 1, 1e-4
         return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
 
-    def positions_at(self, offsets):
+    def positions_at(self, offsets):    # in steps of the grid, from the position of the output
         "The kernel's positions `(1, *offsets)` for offsets in time."
+        require_one_axis(self)
         return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
 
-    def kernel_at(self, offsets):
+    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
         """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
         None."""
         positions = self.positions_at(offsets).flatten(1)                              # (1, P)
@@ -272,7 +280,7 @@ class CKConv(ContinuousKernel):
         bounds = self.bounds()
         return self.sample_kernel(bounds), bounds
 
-    def cropped_padding(self, bounds):
+    def cropped_padding(self, bounds):    # of the kernel, `((start, stop), ...)`
         "Padding before and after each axis for a kernel cropped to `bounds`."
         padding = self.padding
         if not isinstance(padding, str): padding = tuple(math.floor(p*self.scale + 0.5) for p in padding)
@@ -298,7 +306,9 @@ class CKConv(ContinuousKernel):
             layer = f'{type(self).__name__}({CKConv.extra_repr(self)})'
             raise type(e)(f'{e}, in {layer} on x of shape {tuple(x.shape)}') from e
 
-    def convolve(self, x, bias):
+    def convolve(self,
+                 x,        # as in `forward`, batched or not
+                 bias):    # `(out_channels,)`, or None
         "The output on the grid."
         whole = self.cropped_padding(tuple((0, n) for n in self.grid_size))
         check_padding_fits(self.padding_mode, whole, x.shape[-self.ndim:])       # for the size it may grow to
@@ -307,7 +317,9 @@ class CKConv(ContinuousKernel):
         return convolve(x, kernel, bias, self.stride, self.cropped_padding(bounds), self.groups,
                         dilation=self.dilation, padding_mode=self.padding_mode, method=self.conv_method, kept=spectra)
 
-    def convolve_present(self, x, present):
+    def convolve_present(self,
+                         x,          # as in `forward`, batched or not
+                         present):   # as in `forward`
         "The output on the grid where samples are missing."
         if x.ndim == self.ndim + 1: return self.convolve_present(x[None], present)[0]
         present = check_present(present, len(x), x.shape[2:])                          # (1 or B, *S)
@@ -329,7 +341,7 @@ class CKConv(ContinuousKernel):
                     present=None,    # (L,) or (B, L), bool: False where a sample is missing
                     at=None):        # times of the outputs, (M,) or (B, M); by default those of each `stride`-th sample
         "The convolution of samples that have times of their own, `(B, out_channels, M)`; for sequences."
-        if self.ndim > 1: raise ValueError(f't is for sequences, layers of one axis; got a layer of {self.ndim} axes')
+        require_one_axis(self)
         if (self.padding, self.padding_mode, self.dilation) != ('same', 'zeros', (1,)):
             raise ValueError("t needs padding='same', padding_mode='zeros' and dilation=1; "
                              f'got {self.padding!r}, {self.padding_mode!r} and {self.dilation[0]}')
@@ -507,6 +519,7 @@ class FlexConv(CKConv):
 
     def mask_support(self):
         "Offsets in time between which the mask has not faded, `(earliest, latest)`."
+        require_one_axis(self)
         step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
         mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
         root = (mean if self.causal else -abs(mean)) - cutoff*sigma
@@ -520,7 +533,7 @@ class FlexConv(CKConv):
         if not (self.training and self.size == (1,)): return earliest, latest
         return earliest - 1, 0. if self.causal else latest + 1           # the neighbours get a gradient
 
-    def kernel_at(self, offsets):
+    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
         values, _ = super().kernel_at(offsets)
         step, positions = spacing(self.grid_size), self.positions_at(offsets)
         mask = self.mask(positions, step)

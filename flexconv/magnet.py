@@ -22,6 +22,6 @@ class MAGNet(GaborNet):
                  *, device=None, dtype=None):
         super().__init__(ndim, out_channels, hidden, layers, input_scale, mu_range, device=device, dtype=dtype)
 
-    def new_gamma(self, l, **kwargs):
+    def new_gamma(self, l, **kwargs):    # number of the filter, from 0; where and in which dtype
         "Inverse widths of filter `l`: `Gamma(6/(l+1), 1)`, one per unit and axis."
         return sample_gamma(6/(l+1), self.hidden, self.ndim, **kwargs)

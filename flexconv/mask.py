@@ -105,7 +105,7 @@ class GaussianMask(nn.Module):
         self.sigma = nn.Parameter(new(check_numbers(sigma, self.ndim, 'sigma')))
         self.mean = nn.Parameter(new(check_numbers(mean, self.ndim, 'mean')))
 
-    def settings(self, spacing):
+    def settings(self, spacing):    # distance between neighbouring positions: a number, or one per axis
         "The arguments of `mask_values`: mean, sigma, smallest |sigma|, cutoff; in float32 at least."
         mean, sigma = (p.to(at_least_float32(p.dtype)) for p in (self.mean, self.sigma))
         cutoff = cutoff_in_sigmas(self.threshold)

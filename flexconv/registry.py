@@ -140,20 +140,22 @@ class Classifier(nn.Module):
                                         for i, (channels, reduction) in enumerate(feature_info))
         self.add_module(self.head_name, self.new_head(num_features, num_classes))
 
-    def new_head(self, num_features, num_classes):
+    def new_head(self,
+                 num_features,     # channels of the last feature map
+                 num_classes):     # length of the scores
         "The layer that gives the scores; a subclass may initialise it in its own way."
         return nn.Linear(num_features, num_classes)
 
-    def stem_features(self, x):
+    def stem_features(self, x):    # (B, in_channels, *S)
         "The input of the first block: `x`, unless a subclass has a stem."
         return x
 
-    def pool(self, x):
+    def pool(self, x):    # of `forward_features`
         "A feature map `(B, num_features, *S)` as one vector for each item, `(B, num_features)`: the mean."
         if isinstance(x, torch.fx.Proxy): return x.flatten(2).mean(2)         # its number of axes is not known
         return x.mean(dim=tuple(range(2, x.ndim)))
 
-    def forward_features(self, x):
+    def forward_features(self, x):    # (B, in_channels, *S)
         "The last feature map, `(B, num_features, *S)`."
         return self.blocks(self.stem_features(x))
 
@@ -165,7 +167,8 @@ class Classifier(nn.Module):
 
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(self, x,
+    def forward_intermediates(self,
+                              x,               # (B, in_channels, *S)
                               indices=None):    # of the blocks that are wanted, ints; by default all
         "The outputs of blocks, a list."
         x, maps = self.stem_features(x), []

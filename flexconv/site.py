@@ -126,8 +126,9 @@ def argument_texts(thing):    # a function or a class
 
 # %% ../nbs/91_site.ipynb #934d25fa
 def as_markdown(text):
-    "A docstring as Markdown: what is not code keeps its stars and hyphens."
-    return re.sub(r'(`[^`]*`)|\*|--', lambda m: m[1] or '\\' + '\\'.join(m[0]), inspect.cleandoc(text or ''))
+    "A docstring as Markdown: quoted words are code; what is not code keeps its stars and hyphens."
+    text = re.sub(r"(`[^`]*`)|(?<!\w)('[\w./-]+')(?!\w)", lambda m: m[1] or f'`{m[2]}`', inspect.cleandoc(text or ''))
+    return re.sub(r'(`[^`]*`)|\*|--', lambda m: m[1] or '\\' + '\\'.join(m[0]), text)
 
 def arguments_table(thing):
     "Markdown table of the arguments of a function or class, '' where there are none."
@@ -190,7 +191,7 @@ class TableRenderer(BasicMarkdownRenderer):
         methods = public_methods(thing) if inspect.isclass(thing) else {}
         if not methods: return text
         level = '#'*(self.title_level + 1)
-        entries = [f'{level} {self.nm}.{name}\n\n{source_link(m)}\n\n' + entry(m, f'{self.nm}.{name}')
+        entries = [f'{source_link(m)}\n\n{level} {self.nm}.{name}\n\n' + entry(m, f'{self.nm}.{name}')
                    for name, m in methods.items()]
         summary = '<details class="methods"><summary>Methods and properties</summary>'
         return '\n\n'.join([text, summary, ':::: {.methods}', *entries, '::::', '</details>'])
@@ -224,13 +225,13 @@ class ApiPages(Processor):
                 if 'text/markdown' in data: data['text/markdown'] = self.link_entries(''.join(data['text/markdown']))
 
     @staticmethod
-    def line(cell):
+    def line(cell):    # of a page
         "Line of the definition that a cell is the entry of; None if it is none."
         text = ''.join(cell.outputs[0].get('data', {}).get('text/markdown', '')) if cell.get('outputs') else ''
         found = re.search(r'\[source\]\(\S+#L(\d+)\)', text)
         return int(found[1]) if found and 'show_doc(' in cell.source else None
 
-    def in_order(self, cells):
+    def in_order(self, cells):    # of a page
         "Entries that follow each other sorted by line, and before the source that they were in."
         done, run = [], []
         for cell in [*cells, None]:
@@ -243,7 +244,7 @@ class ApiPages(Processor):
         return done
 
     @staticmethod
-    def sorted_run(run):
+    def sorted_run(run):    # cells with the lines of what they define
         "Sources come after the last entry that they define."
         name_of = lambda cell: re.search(r'show_doc\((?:\w+\.)*(\w+)', cell.source)[1]
         lines = {name_of(cell): line for line, cell in run if line is not None}
@@ -254,7 +255,7 @@ class ApiPages(Processor):
             return max((lines[n] for n in names if n in lines), default=0) + 0.5
         return [cell for _, cell in sorted(run, key=place)]
 
-    def link_entries(self, text):
+    def link_entries(self, text):    # Markdown
         "Links that nbdev made, without those to names that have no entry."
         site = re.escape(f'{get_config().doc_host}{get_config().doc_baseurl}/')
         def keep(m):

@@ -46,7 +46,9 @@ class SMPKernel(KernelNetwork):
                  *, device=None, dtype=None):
         self.make(ndim, out_channels, (), points, radius, spread, causal, device, dtype)
 
-    def make(self, ndim, out_channels, sets, points, radius, spread, causal, device, dtype):
+    def make(self, ndim, out_channels, sets,
+             points, radius,     # as in the constructor
+             spread, causal, device, dtype):
         "Make the parameters; `sets` is the shape in front of the points."
         super().__init__(ndim, out_channels, check_int(points, 'points'), 1)
         start, spread = check_number(radius, 'radius', 0), check_number(spread, 'spread', 0)

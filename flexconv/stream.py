@@ -192,7 +192,9 @@ class Stream:
         forget(self.model)
         self.last = None
 
-    def check_times(self, chunk, t):
+    def check_times(self,
+                    chunk,    # as in a call
+                    t):       # as in a call
         "The times of a chunk, `(1 or B, L)`; a ValueError where they do not rise from those of the chunk before."
         if not self.times: raise ValueError('t is for streams made with times=True')
         t = check_times(t, len(chunk), chunk.shape[-1], 't')

@@ -185,7 +185,8 @@ class ImageTensors(ImageSet):
         self.x = x
 
     @staticmethod
-    def check_lengths(x, y):
+    def check_lengths(x,      # items
+                      y):     # their labels
         "A ValueError unless there is a label for each item, and an item."
         if len(x) != len(y) or not len(x):
             raise ValueError(f'x and y must have one length, at least 1; got {len(x)} and {len(y)}')
@@ -194,7 +195,7 @@ class ImageTensors(ImageSet):
     def image(self, i): return self.x[i]
     source = image
 
-    def take(self, images):
+    def take(self, images):    # tensors or arrays `(C, H, W)`, or pictures
         "These images in place of ours: uint8 tensors or arrays `(C, H, W)` of one size; others are resized."
         old = self.x
         images = [as_pixels(i, old.shape[1:]).as_subclass(torch.Tensor) for i in images]
@@ -374,12 +375,14 @@ class SequenceTensors(ImageTensors):
         self.x = x
 
     @staticmethod
-    def check_sequences(x, ndim, shape):
+    def check_sequences(x,        # a tensor
+                        ndim,     # how many axes it must have
+                        shape):   # for the message
         "A ValueError unless `x` is of numbers, of this many axes."
         if x.ndim == ndim and (x.is_floating_point() or x.dtype == torch.int16): return
         raise ValueError(f'x must be of floats or int16, of shape {shape}; got {x.dtype} {tuple(x.shape)}')
 
-    def take(self, sequences):
+    def take(self, sequences):    # tensors or arrays `(C, L)`
         "These sequences in place of ours: tensors or arrays `(C, L)` of one length, which may be another."
         old, sequences = self.x, [torch.as_tensor(s).as_subclass(torch.Tensor) for s in sequences]
         for s in sequences: self.check_sequences(s, 2, f'({old.shape[1]}, L)')

@@ -63,7 +63,7 @@ class FourierMatrices:
         self.size = tuple(m.shape[-1] for m in matrices)                  # positions per axis
         self.scale = 1/abs(math.prod(m[0, 0, 0] for m in matrices))       # undoes the scaling of frequency 0
 
-    def steps(self, like):
+    def steps(self, like):    # a tensor whose device and dtype are taken
         "The real matrices to multiply by for each axis, one, or two for the last; device and dtype as of `like`."
         key = like.device, like.dtype
         if key in self.made and type(like) is torch.Tensor: return self.made[key]      # a compiler needs its own

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
+from flexconv.site import argument_texts, public_methods
 from helpers import python_of
 
 ROOT = Path(__file__).parent.parent
@@ -218,6 +219,14 @@ def test_signatures_on_the_pages_are_those_of_python(site):
             assert defaults == [ast.unparse(ast.parse(n).body[0].value) for n in named], f'{page.source}: {shown}'
             count += 1
     assert count > 250
+
+
+def test_every_argument_of_a_method_has_a_text():
+    methods = [(f'{module}.{public}.{name}', method) for module, public, thing in public_things()
+               if inspect.isclass(thing) for name, method in public_methods(thing).items()]
+    without = [f'{name}: {argument}' for name, method in methods
+               for argument, text in argument_texts(method).items() if not text]
+    assert len(methods) > 80 and not without, '\n'.join(without)
 
 
 def test_search_finds_every_public_name(site):
