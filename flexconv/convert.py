@@ -230,7 +230,8 @@ def fit_all(pairs, steps, verbose):
 
 def growth(model, converted):
     "One line: how many convolutions were converted, and the parameters before and after."
-    before, after = (sum(p.numel() for p in m.parameters() if not is_lazy(p)) for m in (model, converted))
+    def count(m): return sum(p.numel() for p in m.parameters() if not is_lazy(p))
+    before, after = count(model), count(converted)
     found = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     done = sum(isinstance(m, FlexConv2d) for m in converted.modules())
     return f'{done} of {found} convolutions converted; parameters: {before:,} -> {after:,}'

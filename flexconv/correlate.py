@@ -125,7 +125,8 @@ class LongPlan:
             at = torch.arange(0, d*n, d, device=taps.device)
             taps = taps.new_zeros(d*(n-1) + 1, taps.shape[1]).index_copy(0, at, taps)
         re, im = FourierTransform.apply(self.rows(taps, self.taps), self.taps)
-        cos, sin = (torch.from_numpy(p).to(re) for p in self.phase)
+        cos = torch.from_numpy(self.phase[0]).to(re)
+        sin = torch.from_numpy(self.phase[1]).to(re)
         return re*cos - im*sin, im*cos + re*sin
 
     def output(self, re, im, constant):

@@ -179,7 +179,8 @@ def divide(path,              # a folder of images
     if valid is None:
         held = hold_out(train, 0.2 if valid_pct is None else valid_pct, seed)
         held = set(held)
-        train, valid = ({f: c for f, c in train.items() if (f in held) == part} for part in (False, True))
+        valid = {f: c for f, c in train.items() if f in held}
+        train = {f: c for f, c in train.items() if f not in held}
     require_different_files(path, train, valid)
     if unseen := sorted(set(train.values()) - set(valid.values())):
         warnings.warn(f'{path} has no images for validation of {some_of(unseen)}', RuntimeWarning, stacklevel=2)

@@ -26,7 +26,9 @@ def card_header(about):
 # %% ../nbs/38_hub.ipynb #714c0060
 def card_rows(about):
     "The rows of a network's card, `[(name, text), ...]`, as far as they are known."
-    data, results, training = (about.get(part, {}) for part in ('data', 'results', 'training'))
+    data = about.get('data', {})
+    results = about.get('results', {})
+    training = about.get('training', {})
     as_text = lambda options: ', '.join(f'{k}={v}' for k, v in options.items() if v not in (None, 0, 0.))
     rows = [('Network', f'`{about["model"]}`, {as_text(about.get("options", {}))}'.rstrip(', '))]
     if 'name' in data: rows.append(('Data', data['name']))

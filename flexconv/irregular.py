@@ -55,7 +55,8 @@ def sample_windows(t, at,       # times of samples and outputs, sorted, `(1 or B
                    reach):      # of the kernel, `(earliest, latest)` in steps
     "For each output the samples in its reach, in any item of the batch: two lists, first and last + 1."
     rows = max(len(t), len(at))
-    t, at = (v.detach().expand(rows, -1).contiguous() for v in (t, at))
+    t = t.detach().expand(rows, -1).contiguous()
+    at = at.detach().expand(rows, -1).contiguous()
     first = torch.searchsorted(t, at + (reach[0] - 1)).amin(0)                  # one step more: for rounding
     last = torch.searchsorted(t, at + (reach[1] + 1), right=True).amax(0)
     return torch.stack([first, last]).tolist()

@@ -25,7 +25,8 @@ def gaussian(positions,      # `(D, *spatial)`
              mean, sigma,    # `(D,)` each
             ):
     "The Gaussian's values, `(*spatial)`."
-    mean, sigma = (p.view(-1, *[1]*(positions.ndim-1)) for p in (mean, sigma))
+    per_axis = -1, *[1]*(positions.ndim-1)
+    mean, sigma = mean.view(per_axis), sigma.view(per_axis)
     return torch.exp(-0.5*((positions - mean)/sigma).square().sum(0))
 
 # %% ../nbs/03_mask.ipynb #36892c0e
@@ -107,7 +108,8 @@ class GaussianMask(nn.Module):
 
     def settings(self, spacing):    # distance between neighbouring positions: a number, or one per axis
         "The arguments of `mask_values`: mean, sigma, smallest |sigma|, cutoff; in float32 at least."
-        mean, sigma = (p.to(at_least_float32(p.dtype)) for p in (self.mean, self.sigma))
+        mean = self.mean.to(at_least_float32(self.mean.dtype))
+        sigma = self.sigma.to(at_least_float32(self.sigma.dtype))
         cutoff = cutoff_in_sigmas(self.threshold)
         spacings = spacing if isinstance(spacing, (tuple, list)) else [spacing]*self.ndim
         least = constants([max(s/(2*cutoff), 1e-6) for s in spacings], sigma.detach())

@@ -61,7 +61,8 @@ class SMPKernel(KernelNetwork):
 
     def radii(self):
         "Radii as they count: between 0.0001 and 1, as in the authors' training, with gradients beyond."
-        low, high = (self.radius.new_tensor(v) for v in (1e-4, 1.))
+        low = self.radius.new_tensor(1e-4)
+        high = self.radius.new_tensor(1.)
         return clamp_straight_through(self.radius, low, high)
 
     def size_parameters(self):

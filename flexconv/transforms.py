@@ -116,8 +116,9 @@ def _transpose(transform, re, im, constant=None):
     "Real and imaginary part `(frequencies, M)` to `(*size, M)`, by the transposed matrices, plus `constant` `(M,)`."
     steps, M = transform.steps(re), re.shape[-1]
     n = math.prod(rows[0].shape[-2]//2 for rows in steps[:-1])
-    a, b = (rows.mT for rows in steps[-1])                                # (1 or n, S or 2 S, L)
-    re, im = (v.reshape(n, a.shape[-1], M) for v in (re, im))
+    a, b = steps[-1][0].mT, steps[-1][1].mT                               # (1 or n, S or 2 S, L)
+    shape = n, a.shape[-1], M
+    re, im = re.reshape(shape), im.reshape(shape)
     t = _add_product(_times(a, re), b.expand(n, -1, -1), im)
     if constant is not None:
         column = torch.outer(a[0, :, 0], constant*transform.scale)[None]
