@@ -181,29 +181,6 @@ class ContinuousKernel(nn.Module):
         k = self.sample_kernel(self.bounds())
         return k.dense().to(self.first_parameter().dtype) if isinstance(k, LowRankKernel) else k
 
-    def reach(self):
-        "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
-        require_one_axis(self)
-        span, rounding = self.grid_size[0] - 1, 1e-4
-        return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
-
-    def positions_at(self, offsets):    # in steps of the grid, from the position of the output
-        "The kernel's positions `(1, *offsets)` for offsets in time."
-        require_one_axis(self)
-        return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
-
-    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
-        """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
-        None."""
-        positions = self.positions_at(offsets).flatten(1)                              # (1, P)
-        if self.can_factor:
-            mix, basis = sample(self.kernel_network, positions, factored=True)
-            self.check_values(mix)
-            return (mix.unflatten(0, self.shape)*self.cell_volume, basis.unflatten(1, offsets.shape)), None
-        values = sample(self.kernel_network, positions)                                # (channels, P)
-        self.check_values(values)
-        return values.unflatten(1, offsets.shape).unflatten(0, self.shape)*self.cell_volume, None
-
 # %% ../nbs/21_layers.ipynb #77d6234f
 class CausalConv1d(nn.Conv1d):
     "`nn.Conv1d` with all of its padding before the input, so that output t sees inputs up to t."
@@ -300,7 +277,9 @@ class CKConv(ContinuousKernel):
         if not isinstance(x, torch.Tensor): raise TypeError(f'x must be a tensor; got {type(x).__name__}')
         if in_functorch() and type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
         try:
-            if t is not None: return self.convolve_at(**given, x=x)
+            if t is not None:
+                require_one_axis(self)
+                return self.convolve_at(**given, x=x)
             return self.convolve(x, self.bias) if present is None else self.convolve_present(x, present)
         except (TypeError, ValueError) as e:
             layer = f'{type(self).__name__}({CKConv.extra_repr(self)})'
@@ -334,25 +313,6 @@ class CKConv(ContinuousKernel):
                             dilation=self.dilation, padding_mode=self.padding_mode)[:, 0]
         y = divide_by_share(y, sums[:-1], sums[-1:], self.least/2)
         return y if self.bias is None else y + self.bias.view(-1, *[1]*self.ndim).to(y.dtype)
-
-    def convolve_at(self,
-                    x,               # (B, in_channels, L), or (in_channels, L)
-                    t,               # times of the samples in steps of the grid, (L,) or (B, L)
-                    present=None,    # (L,) or (B, L), bool: False where a sample is missing
-                    at=None):        # times of the outputs, (M,) or (B, M); by default those of each `stride`-th sample
-        "The convolution of samples that have times of their own, `(B, out_channels, M)`; for sequences."
-        require_one_axis(self)
-        if (self.padding, self.padding_mode, self.dilation) != ('same', 'zeros', (1,)):
-            raise ValueError("t needs padding='same', padding_mode='zeros' and dilation=1; "
-                             f'got {self.padding!r}, {self.padding_mode!r} and {self.dilation[0]}')
-        if x.ndim == 2: return self.convolve_at(x[None], t, present, at)[0]
-        weight = self.first_parameter()
-        if x.ndim != 3 or x.shape[1] != self.in_channels:
-            raise ValueError(f'x must have shape (batch, {self.in_channels}, length)')
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f'x and weight must have one floating-point dtype; got {x.dtype} and {weight.dtype}')
-        if at is None and isinstance(t, torch.Tensor): at = t[..., ::self.stride[0]]
-        return conv_at_times(x, t, self.kernel_at, self.reach(), self.bias, self.groups, at=at, present=present)
 
     @property
     def least(self):
@@ -411,8 +371,50 @@ class CKConv(ContinuousKernel):
         if self.bias is None: parts.append('bias=False')
         return ', '.join(parts)
 
+# %% ../nbs/21_layers.ipynb #21a00004
+class InTime:
+    "For layers of one axis: the convolution of samples that have times of their own."
+    def reach(self):
+        "Offsets in time between which the kernel is not 0, `(earliest, latest)` in steps; for sequences."
+        span, rounding = self.grid_size[0] - 1, 1e-4
+        return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
+
+    def positions_at(self, offsets):    # in steps of the grid, from the position of the output
+        "The kernel's positions `(1, *offsets)` for offsets in time."
+        return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
+
+    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
+        """The kernel at offsets in time: `(*shape, *offsets)`, or two factors; and the mask there, `(*offsets)`, or
+        None."""
+        positions = self.positions_at(offsets).flatten(1)                              # (1, P)
+        if self.can_factor:
+            mix, basis = sample(self.kernel_network, positions, factored=True)
+            self.check_values(mix)
+            return (mix.unflatten(0, self.shape)*self.cell_volume, basis.unflatten(1, offsets.shape)), None
+        values = sample(self.kernel_network, positions)                                # (channels, P)
+        self.check_values(values)
+        return values.unflatten(1, offsets.shape).unflatten(0, self.shape)*self.cell_volume, None
+
+    def convolve_at(self,
+                    x,               # (B, in_channels, L), or (in_channels, L)
+                    t,               # times of the samples in steps of the grid, (L,) or (B, L)
+                    present=None,    # (L,) or (B, L), bool: False where a sample is missing
+                    at=None):        # times of the outputs, (M,) or (B, M); by default those of each `stride`-th sample
+        "The convolution of samples that have times of their own, `(B, out_channels, M)`; for sequences."
+        if (self.padding, self.padding_mode, self.dilation) != ('same', 'zeros', (1,)):
+            raise ValueError("t needs padding='same', padding_mode='zeros' and dilation=1; "
+                             f'got {self.padding!r}, {self.padding_mode!r} and {self.dilation[0]}')
+        if x.ndim == 2: return self.convolve_at(x[None], t, present, at)[0]
+        weight = self.first_parameter()
+        if x.ndim != 3 or x.shape[1] != self.in_channels:
+            raise ValueError(f'x must have shape (batch, {self.in_channels}, length)')
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f'x and weight must have one floating-point dtype; got {x.dtype} and {weight.dtype}')
+        if at is None and isinstance(t, torch.Tensor): at = t[..., ::self.stride[0]]
+        return conv_at_times(x, t, self.kernel_at, self.reach(), self.bias, self.groups, at=at, present=present)
+
 # %% ../nbs/21_layers.ipynb #9d7f1380
-class CKConv1d(CKConv):
+class CKConv1d(InTime, CKConv):
     "Continuous kernel convolution of sequences, `(B, C, L)`; `causal=True` for time."
     ndim = 1
 
@@ -517,32 +519,6 @@ class FlexConv(CKConv):
     @property
     def least(self): return self.mask.threshold
 
-    def mask_support(self):
-        "Offsets in time between which the mask has not faded, `(earliest, latest)`."
-        require_one_axis(self)
-        step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
-        mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
-        root = (mean if self.causal else -abs(mean)) - cutoff*sigma
-        if not root > -1: return super().reach()
-        newest = float(self.causal)                                      # the position of offset 0
-        earliest = (min(root, newest) - newest)/step - 1e-6
-        return earliest, 0. if self.causal else -earliest
-
-    def reach(self):
-        earliest, latest = self.mask_support()
-        if not (self.training and self.size == (1,)): return earliest, latest
-        return earliest - 1, 0. if self.causal else latest + 1           # the neighbours get a gradient
-
-    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
-        values, _ = super().kernel_at(offsets)
-        step, positions = spacing(self.grid_size), self.positions_at(offsets)
-        mask = self.mask(positions, step)
-        if not (self.training and self.size == (1,)): return values, mask
-        earliest, latest = self.mask_support()
-        surrogate = self.mask(positions, [2*s for s in step])
-        kept = (offsets >= earliest) & (offsets <= latest)
-        return values, torch.where(kept, mask, surrogate - surrogate.detach())
-
     def bounds_to_sample(self):
         "The positions that `forward` samples, and True if they are exactly those that the mask keeps."
         grid = self.grid_size
@@ -580,8 +556,36 @@ class FlexConv(CKConv):
         self.window.clear()
         return super()._load_from_state_dict(*args, **kwargs)
 
+# %% ../nbs/21_layers.ipynb #21a00005
+class MaskedInTime(InTime):
+    "The same for layers with a mask."
+    def mask_support(self):
+        "Offsets in time between which the mask has not faded, `(earliest, latest)`."
+        step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
+        mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
+        root = (mean if self.causal else -abs(mean)) - cutoff*sigma
+        if not root > -1: return super().reach()
+        newest = float(self.causal)                                      # the position of offset 0
+        earliest = (min(root, newest) - newest)/step - 1e-6
+        return earliest, 0. if self.causal else -earliest
+
+    def reach(self):
+        earliest, latest = self.mask_support()
+        if not (self.training and self.size == (1,)): return earliest, latest
+        return earliest - 1, 0. if self.causal else latest + 1           # the neighbours get a gradient
+
+    def kernel_at(self, offsets):    # in steps of the grid, from the position of the output
+        values, _ = super().kernel_at(offsets)
+        step, positions = spacing(self.grid_size), self.positions_at(offsets)
+        mask = self.mask(positions, step)
+        if not (self.training and self.size == (1,)): return values, mask
+        earliest, latest = self.mask_support()
+        surrogate = self.mask(positions, [2*s for s in step])
+        kept = (offsets >= earliest) & (offsets <= latest)
+        return values, torch.where(kept, mask, surrogate - surrogate.detach())
+
 # %% ../nbs/21_layers.ipynb #e294fff2
-class FlexConv1d(FlexConv):
+class FlexConv1d(MaskedInTime, FlexConv):
     "Continuous convolution of learned size for sequences, `(B, C, L)`; `causal=True` for time."
     ndim = 1
 

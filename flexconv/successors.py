@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from .core import check_int, check_number, tracing
 from .crop import crop_axis
-from .layers import CKConv, FlexConv1d, FlexConv2d
+from .layers import CKConv, FlexConv1d, FlexConv2d, InTime
 from .smp import SMPKernel     # registers 'smp' and 'smp_separate'
 from .registry import Classifier, register_model
 from .flexnet import FlexTCN, flexnet7, long_sigma
@@ -54,7 +54,7 @@ class SMPConv(CKConv):
         reach = [max(-a, b) for a, b in zip(low, high)]
         return tuple(crop_axis(n, 0., r, 1., False) for n, r in zip(self.grid_size, reach))
 
-class SMPConv1d(SMPConv):
+class SMPConv1d(InTime, SMPConv):
     "SMPConv of sequences, `(B, C, L)`; `causal=True` for time."
     ndim = 1
 
