@@ -157,6 +157,13 @@ def too_long(text):
     return found
 
 
+def test_docstrings_state():
+    "None opens with a question word: `The work of ...`, not `What it has to do`."
+    asks = re.compile(r'^\s+r?"{1,3}(What|How|Where|Which|When|Whether|Who|Why)\b.*', re.M)
+    found = {file.name: asks.findall(file.read_text()) for file in (ROOT/'flexconv').glob('*.py')}
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
 def test_lines_are_short():
     files = [*(ROOT/'flexconv').glob('*.py'), *(ROOT/'tests').glob('*.py')]
     found = {file.name: too_long(file.read_text()) for file in files if file.stem != '_modidx'}
