@@ -150,7 +150,7 @@ class FlexTCN(Classifier):
                  conv=FlexConv1d,          # called as `conv(in_channels, out_channels, kernel_size, causal=True, ...)`
                  kernel_size=784,          # the longest a kernel can grow to: usually the length of the sequences
                  small_kernel=None,        # size of a plain convolution beside each `conv`, whose output is added
-                 **conv_options):          # further arguments of each `conv`; masks start at `long_sigma`
+                 **conv_options):          # further arguments of each `conv`; masks start at sigma=0.075, or 5 samples
         super().__init__()
         in_channels = check_int(in_channels, 'in_channels')
         blocks, width = check_int(blocks, 'blocks'), check_int(width, 'width')

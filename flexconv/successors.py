@@ -138,7 +138,7 @@ class CCNN(Classifier):
                  kernel_size=None,     # the largest size a kernel can grow to: by default 33, or 784 for sequences
                  hidden=32,            # width of the kernel networks
                  kernel_options=None,  # dict of further arguments of the kernel networks
-                 **conv_options):      # further arguments of each FlexConv; masks of sequences start at `long_sigma`
+                 **conv_options):      # further arguments of each FlexConv; masks of sequences start as in `FlexTCN`
         super().__init__()
         in_channels, blocks = check_int(in_channels, 'in_channels'), check_int(blocks, 'blocks')
         width = check_int(width, 'width')

@@ -175,7 +175,8 @@ def common_size(files):
 class ImageTensors(ImageSet):
     "Images `(N, C, H, W)` uint8 and labels `(N,)` in memory; item i is a pair of fastai tensors."
     def __init__(self,
-                 x, y,        # images and labels
+                 x,           # images, uint8 `(N, C, H, W)`
+                 y,           # their class numbers, int64 `(N,)`
                  vocab,       # names of the classes
                  split_idx):  # 0: training (augmented), 1: validation
         if x.dtype != torch.uint8 or x.ndim != 4:
@@ -366,7 +367,8 @@ class SequenceTensors(ImageTensors):
     "Sequences `(N, C, L)`, floats or 16-bit integers, and labels `(N,)` in memory; item i is a pair of fastai tensors."
     kind = TensorSequence
     def __init__(self,
-                 x, y,        # sequences and labels
+                 x,           # sequences `(N, C, L)`, floats or int16
+                 y,           # their class numbers, int64 `(N,)`
                  vocab,       # names of the classes
                  split_idx):  # 0: training, 1: validation
         self.check_sequences(x, 3, '(N, C, L)')
