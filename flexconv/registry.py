@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
+from urllib.parse import urlsplit
 import torch
 import torch.fx
 from torch import nn
@@ -252,11 +253,18 @@ def find_weights(model,      # name of a model
                      f'a file, a run folder or a URL; got {source!r}')
 
 def download_weights(url):
-    "The file at a URL, downloaded into the cache of `torch.hub` unless it is there."
+    """The file at a URL, downloaded into the cache of `torch.hub` unless it is there. An OSError where it cannot be
+    downloaded, a ValueError where it holds no weights (it is not kept then)."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]           # other files may have this name
-    path = Path(torch.hub.get_dir())/'checkpoints'/f'{digest}-{Path(url).name}'
+    path = Path(torch.hub.get_dir())/'checkpoints'/f'{digest}-{Path(urlsplit(url).path).name}'
+    if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists(): torch.hub.download_url_to_file(url, str(path))
+    try: torch.hub.download_url_to_file(url, str(path))
+    except OSError as error: raise OSError(f'pretrained weights could not be downloaded from {url} ({error})') from error
+    try: read_weights(path)
+    except ValueError as error:
+        path.unlink()
+        raise ValueError(f'pretrained must be the URL of trained weights; at {url}: {error}') from None
     return path
 
 # %% ../nbs/31_registry.ipynb #d5777026

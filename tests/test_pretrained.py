@@ -1,5 +1,8 @@
 "Trained networks that come with the package: what they say of themselves, and that they still compute it."
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 import numpy as np, pytest, safetensors, torch
 from flexconv import baselines                                           # registers its networks
 from flexconv.files import read_weights, save_weights
@@ -106,11 +109,42 @@ def test_torch_fx_traces_networks(name, shape):
     with torch.no_grad(): assert torch.allclose(torch.fx.symbolic_trace(net)(x), net(x), atol=1e-5)
 
 
-def test_files_of_one_name_at_two_addresses(tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path: Path(path).write_text(url))
-    urls = [f'https://example.org/{part}/model.safetensors' for part in 'ab']
-    assert [download_weights(url).read_text() for url in [*urls, *urls]] == [*urls, *urls]
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    "Address of a web server of the folder `served`; downloads go to a cache that is empty at first."
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path/'served')
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def test_weights_at_a_url(address, tmp_path):
+    nets = {part: create_model('flexnet3', width=4, kernel_size=5) for part in 'ab'}
+    for part, net in nets.items():
+        (tmp_path/'served'/part).mkdir(parents=True)
+        save_weights(net, tmp_path/'served'/part/'model.safetensors')
+    x = torch.randn(1, 3, 8, 8)
+    for _ in range(2):                                              # files of one name; the second time from the cache
+        for part, net in nets.items():
+            url = f'{address}/{part}/model.safetensors?download=true'
+            loaded = create_model('flexnet3', width=4, kernel_size=5, pretrained=url).eval()
+            with torch.no_grad(): assert torch.equal(loaded(x), net.eval()(x))
+        for file in (tmp_path/'served').rglob('*.safetensors'): file.unlink()
+    names = sorted(path.name.split('-')[1] for path in (tmp_path/'cache').rglob('*.safetensors'))
+    assert names == ['model.safetensors']*2
+
+
+def test_urls_without_weights(address, tmp_path):
+    (tmp_path/'served').mkdir()
+    (tmp_path/'served'/'page.html').write_text('<p>Please sign in</p>')
+    with pytest.raises(ValueError, match='pretrained must be the URL of trained weights; at http.*/page.html: .*'):
+        download_weights(f'{address}/page.html')
+    with pytest.raises(OSError, match='could not be downloaded from http.*/none.safetensors .*404'):
+        download_weights(f'{address}/none.safetensors')
+    assert not [path for path in (tmp_path/'cache').rglob('*') if path.is_file()]
 
 
 def test_a_folder_for_the_hub_holds_the_network_as_it_is(tmp_path):
