@@ -16,3 +16,8 @@ from .hub import from_pretrained
 from .flexnet import FlexNet, FlexTCN
 from . import baselines, successors      # register their models
 from .summary import layer_table
+
+__all__ = ['KernelNetwork', 'create_kernel_network', 'position_grid', 'register_kernel_network', 'MAGNet',
+           'GaussianMask', 'conv_nd', 'CKConv1d', 'CKConv2d', 'CKConv3d', 'FlexConv1d', 'FlexConv2d', 'FlexConv3d',
+           'conv_layers', 'kernel_sizes', 'aliasing_loss', 'highest_frequency', 'nyquist_frequency', 'create_model',
+           'list_models', 'register_model', 'from_pretrained', 'FlexNet', 'FlexTCN', 'layer_table']

@@ -7,9 +7,10 @@ __all__ = ['AtTimes']
 
 # %% ../nbs/26_at_times.ipynb #a4aec7d6
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+import torch
 from torch import nn
-from .irregular import check_present
+from .irregular import check_present, check_times, take
 from .layers import CausalConv1d, require_conv_layers
 
 # %% ../nbs/26_at_times.ipynb #e12cc8ad
@@ -40,6 +41,30 @@ def arguments_for(layers,    # modules
     finally:
         for handle in handles: handle.remove()
 
+# %% ../nbs/26_at_times.ipynb #b872af3a
+def by_time(batch, length, device,
+            t=None, present=None):    # as in `AtTimes`
+    "The indices of samples, `(1 or B, L)`: those that are missing first, then the others as time goes by."
+    t = torch.arange(length, device=device)[None] if t is None else check_times(t, batch, length, 't')
+    order = t.detach().argsort(dim=-1, stable=True)
+    if present is None: return order
+    present = check_present(present, batch, (length,))
+    rows = max(len(t), len(present))
+    order = order.expand(rows, -1)
+    there = present.expand(rows, -1).gather(-1, order)
+    return order.gather(-1, there.long().argsort(dim=-1, stable=True))
+
+# %% ../nbs/26_at_times.ipynb #348aff38
+@contextmanager
+def features_in(model,    # with `blocks`, whose output is the features
+                order):   # of `by_time`
+    "Within this context the head gets the features of calls from this thread in this order."
+    here = threading.get_ident()
+    def sort(blocks, args, features): return take(features, order) if threading.get_ident() == here else None
+    handle = model.blocks.register_forward_hook(sort)
+    try: yield
+    finally: handle.remove()
+
 # %% ../nbs/26_at_times.ipynb #f05b1aeb
 class AtTimes(nn.Module):
     """A network of CKConv1d and FlexConv1d layers that is told the times of its samples: `net(x, t, present)`. Raises
@@ -54,7 +79,14 @@ class AtTimes(nn.Module):
                 x,               # `(B, C, L)`
                 t=None,          # times in steps of the grid, `(L,)` or `(B, L)`, in any order; by default 0, 1, 2, ...
                 present=None):   # `(L,)` or `(B, L)`, bool: False where a sample is missing
-        "The output of the network for `x`, with every layer at these times."
+        """The output of the network for `x`, with every layer at these times. A network that scores its last time step,
+        as `FlexTCN` does, scores the latest sample that is present; a mean over time is over all samples."""
         given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
         if present is not None: x = x.masked_fill(~check_present(present, len(x), x.shape[2:])[:, None], 0)
-        with arguments_for(check_layers(self.model), given): return self.model(x)
+        with ExitStack() as stack:
+            stack.enter_context(arguments_for(check_layers(self.model), given))
+            if given:
+                order = by_time(*x.shape[::2], x.device, **given)
+                for m in self.model.modules():
+                    if hasattr(m, 'forward_head'): stack.enter_context(features_in(m, order))
+            return self.model(x)

@@ -8,6 +8,7 @@ __all__ = ['KernelCache', 'Window']
 # %% ../nbs/20_cache.ipynb #0deee58f
 import math
 import random
+import weakref
 from types import BuiltinFunctionType, FunctionType
 import numpy as np
 import torch
@@ -108,32 +109,45 @@ rim, longest_interval = 0.03, 16      # of half the frame; forward passes betwee
 # %% ../nbs/20_cache.ipynb #c095b548
 class Window:
     "The part of its grid that a layer samples while it does not read the size of its kernel."
-    def __init__(self): self.clear()
+    bounds = grid = edge = farthest = captured = None
+    source, age, interval, stale, loaded, compiled = (), 0, 1, False, False, False
 
-    def clear(self):
-        "Forget what was read: the next forward pass reads again."
-        self.bounds = self.grid = self.edge = self.farthest = None
-        self.age, self.interval, self.compiled, self.source = 0, 1, False, None
+    def __getstate__(self): return {k: v for k, v in vars(self).items() if k != 'source'}    # those of the original
+
+    def clear(self,
+              loaded=False):    # True: the mask has got other values
+        "The next forward pass reads again, and reports what was cut before."
+        self.stale, self.loaded = True, self.loaded or loaded
 
     def fits(self, grid):    # positions per axis, a tuple
-        "True if the window was read for a grid of this size."
-        return self.bounds is not None and self.grid == grid
+        "True if the window was read for a grid of this size, and need not be read again."
+        return self.bounds is not None and self.grid == grid and not self.stale
+
+    def is_of(self, source):    # tensors
+        "True if the window belongs to these tensors, or to none so far. Not by `id`, which is given again."
+        if not self.source: return True
+        return len(self.source) == len(source) and all(ref() is p for ref, p in zip(self.source, source))
 
     def must_read(self,
-                  grid,         # positions per axis, a tuple
-                  source=None): # what identifies the parameters of the mask: others have a size of their own
+                  grid,        # positions per axis, a tuple
+                  source=()):  # the tensors of the mask: others have a size of their own
         "Count a forward pass. True if the sizes must be read before it."
-        if self.source is not None and source != self.source: self.clear()
-        self.source = source
+        if not self.is_of(source):
+            self.edge, self.interval = None, 1
+            self.clear()
+        self.source = tuple(map(weakref.ref, source))
         # recomputed in a backward pass (torch.utils.checkpoint): of the same size as before
         if torch._C._current_graph_task_id() != -1 and self.fits(grid): return False
         self.age += 1
         return not self.fits(grid) or self.age >= self.interval
 
     def watch(self,
-              starts):        # first position that the mask keeps on each axis, a tensor `(D,)`
-        "Note on the device how far the mask reaches in this pass; of a compiled step, that there was one."
-        if tracing(): self.compiled = True
+              starts,        # first position that the mask keeps on each axis, a tensor `(D,)`
+              bounds):       # the part of the grid that is sampled in this pass
+        """Note on the device how far the mask reaches in this pass; of a compiled step, that there is one; of a step
+        that is recorded once and for all, what it samples."""
+        if torch.compiler.is_compiling(): self.compiled = True
+        elif tracing(): self.captured = bounds
         elif type(starts) is torch.Tensor and not in_functorch():
             known = self.farthest is not None and self.farthest.device == starts.device
             self.farthest = torch.minimum(self.farthest, starts) if known else starts
@@ -142,10 +156,14 @@ class Window:
                  bounds,      # of the crop now, `((start, stop), ...)`
                  grid,        # positions per axis, a tuple
                  farthest):   # what `watch` has noted, numbers, or None
-        "The number of positions that were cut off since the last reading."
-        if not self.fits(grid): return 0
-        if farthest is None: farthest = [start for start, _ in bounds] if self.compiled else []
-        return max([0, *(int(start - reached) for (start, _), reached in zip(self.bounds, farthest))])
+        "The number of positions that were cut off since the last reading, or may have been."
+        if self.bounds is None: return 0
+        now = [start for start, _ in bounds]
+        found = [(self.bounds, farthest or [])]
+        if self.compiled and self.grid == grid and not self.loaded: found.append((self.bounds, now))
+        if self.captured and self.grid == grid: found.append((self.captured, now))
+        return max([0, *(int(start - reached) for sampled, starts in found
+                         for (start, _), reached in zip(sampled, starts))])
 
     def update(self,
                bounds,        # what the mask keeps, `((start, stop), ...)`
@@ -155,16 +173,17 @@ class Window:
                farthest=None, # what `watch` has noted, numbers
               ):
         "Take note of a reading. The number of positions that were cut off since the last one: 0 within the bound."
-        cut = self.outgrown(bounds, grid, farthest)
+        cut, known = self.outgrown(bounds, grid, farthest), self.grid == grid
         margins = [max(1, math.ceil(rim*(n-1)/2)) if margin is None else margin for n in grid]
-        if self.fits(grid) and self.edge is not None:
+        if not known: self.interval = 1
+        elif self.edge is not None:
             moved = max(abs(a - b) for a, b in zip(edge, self.edge))/max(self.age, 1)      # per pass
             reach = min(m*2/max(n-1, 1) for m, n in zip(margins, grid))
             safe = int(reach/2/moved) if moved > 0 else longest_interval
             self.interval = 1 if cut else max(1, min(safe, 2*self.interval, longest_interval))
         wide = tuple((max(a-m, 0), min(b+m, n)) for (a, b), m, n in zip(bounds, margins, grid))
-        if not (self.fits(grid) and self.holds(wide, margins)): self.bounds, self.grid = wide, grid
-        self.edge, self.age, self.farthest = tuple(edge), 0, None
+        if not (known and self.holds(wide, margins)): self.bounds, self.grid = wide, grid
+        self.edge, self.age, self.farthest, self.stale, self.loaded = tuple(edge), 0, None, False, False
         return cut
 
     def holds(self,

@@ -583,6 +583,8 @@ def flexconv_export(
     written, and say how far it is from the network; and its weights as one file that says what it is
     (weights.safetensors). With --hub only a folder with weights, configuration and card."""
     check_choice(format, ('all', 'onnx', 'pt2', 'weights'), 'format')
+    for given, name in (format != 'all', 'format'), (out is not None, 'out'):
+        if hub is not None and given: raise ValueError(f'{name} is for files beside a run; --hub writes a folder of its own')
     for path, name in (out, 'out'), (hub, 'hub'):
         if path is not None: output_path(path, name)
     model = load_run(run, 'cpu').model

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from .core import at_least_float32
 from .transforms import ComplexProduct, FourierTransform, FourierTranspose, axes_transform, factored_transform
-from .transforms import choose_factors, fourier_matrix, missing_gain, power_of_two
+from .transforms import choose_factors, fourier_matrix, made_once, missing_gain, power_of_two
 from .transforms import ChannelsFirst, PixelsFirst, is_channels_last, to_channels_last
 from .transforms import chunks, fast_length, fft_spectrum, inverse_fft_spectrum
 
@@ -68,13 +68,21 @@ def mixing_work(size, lengths, rank):
     frequencies = (lengths[0]//2 + 1)*math.prod(lengths[1:])
     return rank*math.prod(size) + transform_work(lengths, size), 2*frequencies*rank
 
+# %% ../nbs/11_correlate.ipynb #da1c7d50
+def to_half(values, dtype):    # an array; torch.float16 or torch.bfloat16
+    "`values` rounded to a half-precision dtype, in float64. By numpy: a compiler's tensors have no values."
+    if dtype == torch.float16: return values.astype(np.float16).astype(np.float64)
+    bits = values.astype(np.float32).view(np.uint32)
+    even = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000                # ties to even, as torch rounds
+    return even.astype(np.uint32).view(np.float32).astype(np.float64)
+
 # %% ../nbs/11_correlate.ipynb #1ec5ff41
 def rounding_error(length, size, dtype):
     "The distance of a transform with rounded matrices, and its transpose, from the identity on `size` positions."
     matrix = fourier_matrix(length, length, np.arange(size))*power_of_two(length)
-    rounded = torch.from_numpy(np.concatenate((matrix.real, matrix.imag))).to(dtype).double()
+    rounded = to_half(np.concatenate((matrix.real, matrix.imag)), dtype)
     product = missing_gain((length,))*rounded.T @ rounded
-    return (product - torch.eye(size)).norm().item()/math.sqrt(size)
+    return np.linalg.norm(product - np.eye(size))/math.sqrt(size)
 
 @lru_cache(maxsize=None)
 def good_length(least, size, dtype):
@@ -110,7 +118,7 @@ class LongPlan:
         self.taps = factored_transform(l1, l2, math.ceil(spread/l2), False)
         k = (np.arange(l1//2 + 1)[:, None] + l1*np.arange(l2)).ravel()
         angles = 2*math.pi/(l1*l2)*(k*before % (l1*l2))[:, None]
-        self.phase = np.cos(angles), np.sin(angles)                       # (F, 1) each
+        self.phase, self.made = (np.cos(angles), np.sin(angles)), {}      # (F, 1) each
 
     def rows(self, t, transform):
         "`(n, M)` as the two axes of a transform."
@@ -125,8 +133,7 @@ class LongPlan:
             at = torch.arange(0, d*n, d, device=taps.device)
             taps = taps.new_zeros(d*(n-1) + 1, taps.shape[1]).index_copy(0, at, taps)
         re, im = FourierTransform.apply(self.rows(taps, self.taps), self.taps)
-        cos = torch.from_numpy(self.phase[0]).to(re)
-        sin = torch.from_numpy(self.phase[1]).to(re)
+        cos, sin = made_once(self.made, re, lambda: self.phase)
         return re*cos - im*sin, im*cos + re*sin
 
     def output(self, re, im, constant):

@@ -87,6 +87,7 @@ class AllReduceSum(torch.autograd.Function):
 def synced_forward(self, x):    # a batch normalisation, and its input `(B, C, *S)`
     "`forward` of a batch normalisation, in training with the statistics of all processes."
     if not self.training: return nn.modules.batchnorm._BatchNorm.forward(self, x)
+    self._check_input_dim(x)
     axes = [0, *range(2, x.ndim)]
     per_channel = [1, -1] + [1]*(x.ndim-2)
     dtype, x = x.dtype, x.to(at_least_float32(x.dtype))              # statistics in half precision would be rounded

@@ -210,39 +210,56 @@ def precisions(place):
         assert found[f'{name}_last'] < found[f'{name}_first'], f'the loss does not fall in {name}: {found}'
     return found
 
+# %% ../nbs/66_gpu_check.ipynb #eab4340e
+step_kinds = [('flexnet3', 'direct', None), ('flexnet3', 'matmul', None), ('flexnet3', 'matmul', torch.bfloat16),
+              ('flextcn2', 'matmul', torch.bfloat16)]       # network, method, dtype of autocast
+
+def step_label(name, method, dtype):
+    "A name for a figure, e.g. 'matmul' or 'flextcn2_matmul_bfloat16'."
+    parts = [name] if name != 'flexnet3' else []
+    return '_'.join([*parts, method] + ([str(dtype).removeprefix('torch.')] if dtype else []))
+
+def twins(place, name, method):
+    "Two equal networks without dropout, whose sizes have been read."
+    channels = batch_for(place, 1, name)[0].shape[1]
+    model = create_model(name, channels, dropout=0., conv_method=method, **place.width).to(place.device)
+    refresh_sizes(model)
+    return model, copy.deepcopy(model)
+
 # %% ../nbs/66_gpu_check.ipynb #f91621ce
 @check
 def compiled(place):
     "A compiled network gives the losses of the eager one, and how fast it is."
     found, size = {}, 2 if place.small else 64
     backend = dict(backend='eager') if place.small else {}
-    for method in ('matmul',) if place.small else ('direct', 'matmul'):
+    for name, method, dtype in step_kinds:
+        if place.small and method == 'direct': continue
         torch._dynamo.reset()
-        model = create_model('flexnet3', dropout=0., conv_method=method, **place.width).to(place.device)
-        twin = copy.deepcopy(model)
-        refresh_sizes(twin)
-        x, target = batch_for(place, size)
+        model, twin = twins(place, name, method)
+        x, target = batch_for(place, size, name)
         program = torch.compile(twin, fullgraph=True, **backend)
-        program(x[:size//2])                                             # another size of the batch
-        eager, fast = step_function(model, x, target), step_function(twin, x, target, forward=program)
-        at_most(abs(eager() - fast()).item(), 1e-2, f'first loss by {method}')
-        at_most(abs(eager() - fast()).item(), 3e-2, f'second loss by {method}')
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            program(x[:size//2])                                         # another size of the batch
+        eager = step_function(model, x, target, dtype)
+        fast = step_function(twin, x, target, dtype, forward=program)
+        label = step_label(name, method, dtype)
+        at_most(abs(eager() - fast()).item(), 1e-2, f'first loss by {label}')
+        at_most(abs(eager() - fast()).item(), 3e-2, f'second loss by {label}')
         if place.small: continue
-        found |= {f'{method}_eager_ms': 1e3*run_seconds(eager, 2.), f'{method}_compiled_ms': 1e3*run_seconds(fast, 2.)}
+        found |= {f'{label}_eager_ms': 1e3*run_seconds(eager, 2.), f'{label}_compiled_ms': 1e3*run_seconds(fast, 2.)}
     return found
 
 # %% ../nbs/66_gpu_check.ipynb #db021c27
-def captured_step(place, method):
+def captured_step(place, name, method, dtype):
     "Milliseconds of an eager step and of a replayed one, with equal losses."
-    x, target = batch_for(place, 64)
-    model = create_model('flexnet3', dropout=0., conv_method=method).to(place.device)
-    twin = copy.deepcopy(model)
-    eager = step_function(model, x, target)
-    refresh_sizes(twin)
+    x, target = batch_for(place, 64, name)
+    model, twin = twins(place, name, method)
+    eager = step_function(model, x, target, dtype)
     opt = torch.optim.Adam(twin.parameters(), 1e-3, fused=True, capturable=True)
     def step():
         opt.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(twin(x), target)
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            loss = F.cross_entropy(twin(x), target)
         loss.backward()
         opt.step()
         return loss
@@ -256,7 +273,7 @@ def captured_step(place, method):
     with torch.cuda.graph(graph): loss = step()
     for _ in range(4): first = eager()                                   # three warm-up steps and one
     graph.replay()
-    at_most(abs(first - loss).item(), 3e-2, f'loss of a replayed step by {method}')
+    at_most(abs(first - loss).item(), 3e-2, f'loss of a replayed step by {step_label(name, method, dtype)}')
     return 1e3*run_seconds(eager, 1.), 1e3*run_seconds(graph.replay, 1.)
 
 @check
@@ -264,9 +281,9 @@ def cuda_graph(place):
     "A training step that is captured and replayed, by each method."
     if not place.on_gpu: raise Skipped('CUDA graphs need CUDA')
     found = {}
-    for method in ('direct', 'fft', 'matmul', 'autotune'):
-        eager, replayed = captured_step(place, method)
-        found |= {f'{method}_eager_ms': eager, f'{method}_replayed_ms': replayed}
+    for kind in *step_kinds, ('flexnet3', 'fft', None), ('flexnet3', 'autotune', None):
+        eager, replayed = captured_step(place, *kind)
+        found |= {f'{step_label(*kind)}_eager_ms': eager, f'{step_label(*kind)}_replayed_ms': replayed}
     return found
 
 @check
@@ -490,7 +507,7 @@ def save_report(report, file):
 # %% ../nbs/66_gpu_check.ipynb #4321c029
 def run_checks(place,            # a `Place`
                file,             # of the report, JSON; a Markdown file is written beside it
-               minutes=10.,      # begin no check after so many
+               minutes=10.,      # end all checks after so many
                only=None,        # names of checks, by default all
                again=False,      # True: begin anew
               ):
@@ -499,11 +516,11 @@ def run_checks(place,            # a `Place`
     report = new_report(place) if again else load_report(file, place)
     for name in still_to_do(report):
         left = end - time.monotonic()
-        if left <= 0: break
+        if left <= 6*minutes: break                                   # a tenth of all: too short for a check
         if only and name not in only: continue
         report['checks'][name] = dict(state='running')
         save_report(report, file)
-        result = report['checks'][name] = outcome(name, place, left + 60)
+        result = report['checks'][name] = outcome(name, place, left)
         save_report(report, file)
         print(f'{name}: {result["state"]}, {result["seconds"]} s {result.get("error", "")}', flush=True)
         if place.on_gpu: torch.cuda.empty_cache()
@@ -517,7 +534,7 @@ def main(argv=None):    # arguments, by default those of the process
     parser.add_argument('--small', action='store_true', help='small networks and few steps')
     parser.add_argument('--out', default='gpu_check/report.json', help='the report; a .md is written beside it')
     parser.add_argument('--data', help='folder of the unpacked CIFAR-10')
-    parser.add_argument('--minutes', type=float, default=10., help='begin no check after so many')
+    parser.add_argument('--minutes', type=float, default=10., help='end all checks after so many')
     parser.add_argument('--only', nargs='+', choices=list(checks), help='these checks alone')
     parser.add_argument('--again', action='store_true', help='begin anew')
     options = parser.parse_args(argv)

@@ -51,6 +51,8 @@ def card_text(about, name):
 # %% ../nbs/38_hub.ipynb #7925d09b
 def as_it_is(about, model):
     "The description of trained weights, for a network that has got another head or resolution since."
+    if lacking := [name for name in ('model', 'in_channels', 'num_classes') if name not in about]:
+        raise ValueError(f'about must be what trained weights say of themselves, as pretrained_cfg; it lacks {lacking}')
     classes = getattr(model, 'num_classes', about['num_classes'])
     if not classes: raise ValueError('model must have a head; reset_classifier(num_classes) makes one')
     data = about.get('data', {})
@@ -64,14 +66,15 @@ def save_hub(model,      # a network
              about):     # what its weights say of themselves: `pretrained_cfg`, or of a run
     "Write `model.safetensors`, `config.json` and `README.md`, as the Hugging Face Hub has them. Returns the folder."
     folder = output_path(folder, 'hub')
-    config = folder/'config.json'
-    if config.exists() and 'architecture' not in read_hub_config(folder, strict=False):
-        raise ValueError(f'hub must be a new folder; {folder} has a config.json of something else')
+    written = folder/'config.json', folder/'model.safetensors', folder/'README.md'
+    ours = written[0].exists() and read_hub_config(folder, strict=False).get('library_name') == 'flexconv'
+    if not ours and (others := [path.name for path in written if path.exists()]):
+        raise ValueError(f'hub must be a new folder; {folder} has {" and ".join(others)} of something else')
     about = as_it_is(about, model)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder/'model.safetensors', about)
     described = dict(architecture=about['model'], library_name='flexconv') | about
-    write_atomically(config, json.dumps(described, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder/'config.json', json.dumps(described, indent=1))
+    save_weights(model, folder/'model.safetensors', about)
     card = card_text(about, folder.resolve().name)
     write_atomically(folder/'README.md', card.encode('utf-8', 'replace'))         # names of folders may be no text
     return folder

@@ -6,6 +6,7 @@
 __all__ = ['conv_at_times']
 
 # %% ../nbs/14_irregular.ipynb #e36b8400
+import math
 import torch
 from torch.utils.checkpoint import checkpoint
 from .core import at_least_float32, in_functorch, tracing
@@ -16,15 +17,17 @@ from .conv import autocast_dtype
 def check_times(t,           # what was passed
                 batch, length,
                 name):       # name of the argument, for the message
-    "Times as a tensor `(1 or B, L)`; a ValueError or TypeError where they are none."
+    "Times as a tensor `(1 or B, L)`, int64, float32 or float64; a ValueError or TypeError where they are none."
     if not isinstance(t, torch.Tensor): raise TypeError(f'{name} must be a tensor; got {type(t).__name__}')
     if t.dtype == torch.bool or t.is_complex(): raise TypeError(f'{name} must be real numbers; got {t.dtype}')
     if tuple(t.shape) not in ((length,), (batch, length)):
         raise ValueError(f'{name} must have shape ({length},) or ({batch}, {length}), one time for each sample; '
                          f'got {tuple(t.shape)}')
+    if t.ndim == 1: t = t[None]
+    if not t.is_floating_point(): return t.long()          # differences of small or unsigned ones would wrap around
     if not (t.is_meta or tracing() or in_functorch()) and not t.isfinite().all():
         raise ValueError(f'{name} must be finite; got {(~t.isfinite()).sum().item()} infinite values or NaN')
-    return t if t.ndim == 2 else t[None]
+    return t.float() if t.dtype.itemsize < 4 else t        # differences in half precision are not exact
 
 # %% ../nbs/14_irregular.ipynb #88870212
 def check_present(present,     # what was passed
@@ -57,8 +60,9 @@ def sample_windows(t, at,       # times of samples and outputs, sorted, `(1 or B
     rows = max(len(t), len(at))
     t = t.detach().expand(rows, -1).contiguous()
     at = at.detach().expand(rows, -1).contiguous()
-    first = torch.searchsorted(t, at + (reach[0] - 1)).amin(0)                  # one step more: for rounding
-    last = torch.searchsorted(t, at + (reach[1] + 1), right=True).amax(0)
+    earliest, latest = math.floor(reach[0]) - 1, math.ceil(reach[1]) + 1        # one step more: for rounding; ints,
+    first = torch.searchsorted(t, at + earliest).amin(0)                        # with which int64 stays int64
+    last = torch.searchsorted(t, at + latest, right=True).amax(0)
     return torch.stack([first, last]).tolist()
 
 # %% ../nbs/14_irregular.ipynb #4a2cd76d
@@ -112,8 +116,10 @@ def conv_at_times(x,              # `(B, in_channels, L)`
     """Convolution of irregular samples, `(B, O, M)`: sums of kernel times input over the samples in reach, divided by
     the share of the mask that met samples where some are missing. Differentiable, also in the times."""
     batch, _, length = x.shape
+    if not length: raise ValueError(f'x must have at least one sample; got shape {tuple(x.shape)}')
     t = check_times(t, batch, length, 't')
     at = t if at is None else check_times(at, batch, at.shape[-1] if isinstance(at, torch.Tensor) else 0, 'at')
+    if t.dtype != at.dtype: t, at = t.double(), at.double()
     dtype = at_least_float32(x.dtype)
     here = torch.ones(1, length, dtype=torch.bool, device=x.device) if present is None else \
         check_present(present, batch, (length,))

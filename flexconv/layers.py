@@ -60,6 +60,13 @@ def keep_updates(module, raised):
     for name, buffer in module.named_buffers():
         if name in raised and raised[name]._version > 0: buffer.copy_(raised[name])
 
+def named_tensors(module):
+    "Parameters and buffers by name; of a replica of `nn.DataParallel`, which has no parameters, what is in their place."
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+    for place, m in module.named_modules():
+        for name, t in getattr(m, '_former_parameters', {}).items(): yield f'{place}.{name}'.removeprefix('.'), t
+
 raising = threading.RLock()      # functional_call puts other tensors into a module that threads may share
 
 def sample(module, *args, **kwargs):
@@ -68,8 +75,7 @@ def sample(module, *args, **kwargs):
     with torch.autocast(args[0].device.type, enabled=False):
         with nullcontext() if tracing() else raising:
             raised = {name: t.to(at_least_float32(t.dtype))
-                      for tensors in (module.named_parameters(), module.named_buffers())
-                      for name, t in tensors if t.dtype != at_least_float32(t.dtype)}
+                      for name, t in named_tensors(module) if t.dtype != at_least_float32(t.dtype)}
             if raised:
                 output = torch.func.functional_call(module, raised, args, kwargs)
                 if not (tracing() or in_functorch()): keep_updates(module, raised)
@@ -379,6 +385,13 @@ class InTime:
         span, rounding = self.grid_size[0] - 1, 1e-4
         return (-span - rounding, 0.) if self.causal else (-span/2 - rounding, span/2 + rounding)
 
+    def reach_from(self, root):    # the position of the grid where the kernel begins
+        "The same for a kernel that is cropped there, and on the other side as far from the middle."
+        if not root > -1: return InTime.reach(self)
+        newest = float(self.causal)                                      # the position of offset 0
+        earliest = (min(root, newest) - newest)/spacing(self.grid_size)[0] - 1e-6
+        return earliest, 0. if self.causal else -earliest
+
     def positions_at(self, offsets):    # in steps of the grid, from the position of the output
         "The kernel's positions `(1, *offsets)` for offsets in time."
         return (offsets*spacing(self.grid_size)[0] + float(self.causal)).clamp(-1, 1)[None]
@@ -508,7 +521,7 @@ class FlexConv(CKConv):
         if exact: return m
         mean, sigma = self.mask.effective(step)
         starts, last = crop_starts(mean, sigma, size, cutoff_in_sigmas(self.mask.threshold), self.causal)
-        self.window.watch(starts)
+        self.window.watch(starts, bounds)
         kept = crop_mask(starts, size, bounds, self.causal)
         if not self.training: return torch.where(kept, m, 0.)
         neighbours = starts - ((starts == last) & (last > 0)).to(starts.dtype)
@@ -527,8 +540,9 @@ class FlexConv(CKConv):
         if any(map(is_batched, (self.mask.sigma, self.mask.mean))): return whole, False
         if not (self.training and read_blocks(self.mask.sigma.device)): return self.bounds(), True
         # functional_call puts other tensors here; a parametrized sigma is computed anew at each use, its original stays
-        owned = (id(p) for p in (*self.mask.parameters(), *self.mask.buffers()))
-        if self.window.must_read(grid, tuple(owned)): refresh_sizes(self)
+        owned = *self.mask.parameters(), *self.mask.buffers()
+        # may_reuse: the kernel is kept for as long as its parameters stay equal, so it must be whole
+        if self.window.must_read(grid, owned) or may_reuse(): refresh_sizes(self)
         return self.window.bounds, False
 
     def forward_kernel(self):
@@ -553,7 +567,7 @@ class FlexConv(CKConv):
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.window.clear()
+        self.window.clear(loaded=True)
         return super()._load_from_state_dict(*args, **kwargs)
 
 # %% ../nbs/21_layers.ipynb #21a00005
@@ -563,11 +577,7 @@ class MaskedInTime(InTime):
         "Offsets in time between which the mask has not faded, `(earliest, latest)`."
         step, cutoff = spacing(self.grid_size)[0], cutoff_in_sigmas(self.mask.threshold)
         mean, sigma = effective_numbers(self.mask.mean.item(), self.mask.sigma.item(), step/(2*cutoff), cutoff)
-        root = (mean if self.causal else -abs(mean)) - cutoff*sigma
-        if not root > -1: return super().reach()
-        newest = float(self.causal)                                      # the position of offset 0
-        earliest = (min(root, newest) - newest)/step - 1e-6
-        return earliest, 0. if self.causal else -earliest
+        return self.reach_from((mean if self.causal else -abs(mean)) - cutoff*sigma)
 
     def reach(self):
         earliest, latest = self.mask_support()
@@ -635,9 +645,10 @@ def refresh_sizes(model,          # a layer, or a network that contains some
         cutoff = cutoff_in_sigmas(m.mask.threshold)
         bounds = [crop_axis(n, a, s, cutoff, m.causal) for n, a, s in zip(m.grid_size, mean, sigma)]
         edge = [cutoff*s - a if m.causal else abs(a) + cutoff*s for a, s in zip(mean, sigma)]
-        were = 'may have been' if farthest is None else 'were'                         # a compiled step takes no notes
         cut = m.window.update(bounds, m.grid_size, edge, margin, farthest)
         if not cut: continue
+        were = 'may have been' if m.window.compiled or m.window.captured else 'were'
+        again = 'record the step again, ' if m.window.captured else ''
         warnings.warn(f'the mask of {name or type(m).__name__} outgrew what is sampled of its kernel: {cut} positions '
-                      f'{were} cut off since its size was read last. Call refresh_sizes(model) more often, or '
-                      'lower the learning rate of the masks', RuntimeWarning, stacklevel=2)
+                      f'{were} cut off since its size was read last. Call refresh_sizes(model) more often, '
+                      f'{again}or lower the learning rate of the masks', RuntimeWarning, stacklevel=2)

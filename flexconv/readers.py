@@ -113,15 +113,17 @@ def channel_stats(x):    # `(N, C, L)`; NaN where samples are missing
 # %% ../nbs/40_readers.ipynb #3c5ad268
 def cached(file,     # where what was made is kept
            make,     # makes `{name: tensor}`
-           source):  # what it is made of, for the message
+           source,   # what it is made of, for the message
+           count):   # how many files that is: with another number it is made anew
     "Tensors by name, from a file or else made and written there."
     if file.exists():
-        try: return load_file(file)
+        try: data = load_file(file)
         except Exception as e:
             raise ValueError(f'{file} is damaged ({e}); delete it, and it will be made again from {source}') from None
+        if int(data.pop('count', -1)) == count: return data
     data, part = make(), file.with_suffix('.part')
     try:
-        save_file(data, part)
+        save_file(data | dict(count=torch.tensor(count)), part)
         part.replace(file)
     except OSError as e: warnings.warn(f'cannot keep {source} in {file} ({e}); it will be read again next time')
     return data
@@ -166,9 +168,11 @@ def read_speechcommands(root,           # holds SpeechCommands/speech_commands_v
     optional('torchaudio', 'Speech Commands')
     folder = need(Path(root)/'SpeechCommands'/'speech_commands_v0.02', 'Speech Commands 0.02',
                   'http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz').parent
-    data = cached(folder/'flexconv_sc10.safetensors', lambda: read_recordings(root), 'the recordings')
+    count = sum(len(list((folder/'speech_commands_v0.02'/word).glob('*.wav'))) for word in speech_words)
+    keep = lambda name, make: cached(folder/f'flexconv_{name}.safetensors', make, 'the recordings', count)
+    data = keep('sc10', lambda: read_recordings(root))
     if not mfcc: return data['x'], data['y'], speech_words
-    coefficients = cached(folder/'flexconv_sc10_mfcc.safetensors', lambda: dict(x=to_mfcc(data['x'])), 'the recordings')
+    coefficients = keep('sc10_mfcc', lambda: dict(x=to_mfcc(data['x'])))
     return coefficients['x'], data['y'], speech_words
 
 # %% ../nbs/40_readers.ipynb #2030a299
@@ -192,8 +196,13 @@ def read_uci(file):
 def read_uea(files):
     "Trajectories and letters of CharacterTrajectories_TRAIN.ts and _TEST.ts."
     load = optional('aeon.datasets', 'CharacterTrajectories in .ts files').load_from_ts_file
-    parts = [load(str(file)) for file in files]
-    return [s for x, _ in parts for s in x], [str(label) for _, y in parts for label in y]
+    sequences, letters = [], []
+    for file in files:
+        try: x, y = load(str(file))
+        except Exception as e: raise ValueError(f'{file} is not a readable .ts file ({type(e).__name__}: {e})') from e
+        sequences += list(x)
+        letters += map(str, y)
+    return sequences, letters
 
 # %% ../nbs/40_readers.ipynb #02bb39bc
 def read_chartrajectories(root):    # holds mixoutALL_shifted.mat, or CharacterTrajectories_TRAIN.ts and _TEST.ts

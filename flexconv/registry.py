@@ -90,6 +90,8 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
                          'For images of another resolution there is set_resolution')
     check_dtype(place.get('dtype'))
     options = trained | options
+    if isinstance(options.get('conv'), str):                  # of a `config`, which is JSON
+        raise ValueError(f'conv must be a class or function; got {options["conv"]!r}: give what has this name')
     model = make(channels, num_classes or known, **options)
     model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
     if weights is not None:
@@ -196,9 +198,16 @@ class Classifier(nn.Module):
 # %% ../nbs/31_registry.ipynb #b5611aee
 class FeatureInfo(list):
     "A dict for each feature map, with `module`, `num_chs` and `reduction`, as timm has them."
-    def channels(self): return [info['num_chs'] for info in self]
-    def reduction(self): return [info['reduction'] for info in self]
-    def module_name(self): return [info['module'] for info in self]
+    def get(self, key,       # of the dicts
+            idx=None):       # of which feature maps: an int, several, or None for all
+        "One value, or a list of values."
+        if isinstance(idx, int): return self[idx][key]
+        return [self[i][key] for i in (range(len(self)) if idx is None else idx)]
+
+    def channels(self, idx=None): return self.get('num_chs', idx)
+    def reduction(self, idx=None): return self.get('reduction', idx)
+    def module_name(self, idx=None): return self.get('module', idx)
+    def get_dicts(self): return list(self)
 
 def as_classifier(model, what):
     "`model`; a ValueError where it has no head that can be taken off."

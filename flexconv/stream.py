@@ -39,6 +39,14 @@ class StreamingConv1d(CausalConv1d):
         self.past = x[..., x.shape[-1]-span:].detach().clone()  # (B, C, span), without the chunk that it is a view of
         return F.conv1d(x, self.weight, self.bias, dilation=self.dilation, groups=self.groups)
 
+# %% ../nbs/36_stream.ipynb #ad28dfa3
+def next_steps(last,      # time of the last sample, `(1 or B, 1)`, or None: there is none yet
+               length, device):
+    "The times of the next samples on the grid, `(1 or B, L)`, in numbers that count as far as a stream runs."
+    steps = torch.arange(length, device=device)[None]
+    if last is None: return steps
+    return (last.double() if last.is_floating_point() else last) + 1 + steps
+
 # %% ../nbs/36_stream.ipynb #5b37e02d
 class TimedConv1d(nn.Module):
     "A causal CKConv1d or FlexConv1d that remembers the samples in its reach, and when they were."
@@ -51,8 +59,7 @@ class TimedConv1d(nn.Module):
     def times(self, x):
         "The times of a chunk, `(1 or B, L)`: those it was given, or the next steps of the grid."
         if self.now is not None: return self.now
-        start = 0. if self.past is None else self.past[1][:, -1:] + 1
-        return start + torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)[None]
+        return next_steps(None if self.past is None else self.past[1][:, -1:], x.shape[-1], x.device)
 
     def forward(self, x):
         t = new = self.times(x)
@@ -61,7 +68,7 @@ class TimedConv1d(nn.Module):
             x = torch.cat([self.past[0], x], -1)                                # (B, C, past + L)
             t = torch.cat([self.past[1].expand(rows, -1), t.expand(rows, -1)], -1)
         y = self.layer.convolve_at(x, t[0] if len(t) == 1 else t, at=new[0] if len(new) == 1 else new)
-        forgotten = t < t[:, -1:] + self.layer.reach()[0]
+        forgotten = t - t[:, -1:] < self.layer.reach()[0]
         first = int(forgotten.sum(1).amin())                    # times rise: these come first
         self.past = x[..., first:].detach().clone(), t[:, first:].clone()
         return y
@@ -190,7 +197,7 @@ class Stream:
     def reset(self):
         "Forget the past: the next chunk begins a new sequence."
         forget(self.model)
-        self.last = None
+        self.last, self.shape = None, None
 
     def check_times(self,
                     chunk,    # as in a call
@@ -211,12 +218,15 @@ class Stream:
         "The output of the network for these samples."
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
+        if self.shape not in (None, chunk.shape[:2]):
+            raise ValueError(f'chunk must have the batch and channels of those before, {tuple(self.shape)}; got '
+                             f'{tuple(chunk.shape[:2])}. reset() begins a new sequence')
         if self.times and t is None:
-            start = 0. if self.last is None else self.last + 1
-            if self.last is not None and len(self.last) == 1: start = start[0]
-            t = start + torch.arange(chunk.shape[-1], device=chunk.device, dtype=chunk.dtype)
+            t = next_steps(self.last, chunk.shape[-1], chunk.device)
+            if len(t) == 1: t = t[0]
         if t is not None: t = self.check_times(chunk, t)
         for module in self.model.modules():
             if isinstance(module, TimedConv1d): module.now = t
-        if t is not None: self.last = t[:, -1:]
-        return self.model(chunk)
+        y = self.model(chunk)
+        self.shape, self.last = chunk.shape[:2], None if t is None else t[:, -1:]
+        return y

@@ -45,18 +45,25 @@ class SMPConv(CKConv):
                          device, dtype, kernel='smp' if shared else 'smp_separate', causal=causal,
                          conv_method=conv_method, kernel_options=options, init=init)
 
+    def half_widths(self):
+        "How far the points reach on each axis: from the newest sample back where causal, else from the middle."
+        low, high = self.kernel_network.extent().tolist()
+        return [1 - low[0]] if self.causal else [max(-a, b) for a, b in zip(low, high)]
+
     def bounds(self):
         "The positions that a point reaches on each axis, `((start, stop), ...)`."
-        network = self.kernel_network
-        if network.places.is_meta or tracing(): return super().bounds()    # a program must not depend on values: all
-        low, high = network.extent().tolist()
-        if self.causal: return (crop_axis(self.grid_size[0], 1., 1 - low[0], 1., True),)
-        reach = [max(-a, b) for a, b in zip(low, high)]
-        return tuple(crop_axis(n, 0., r, 1., False) for n, r in zip(self.grid_size, reach))
+        if self.kernel_network.places.is_meta or tracing():      # a program must not depend on values: all
+            return super().bounds()
+        middle, widths = float(self.causal), self.half_widths()
+        return tuple(crop_axis(n, middle, width, 1., self.causal) for n, width in zip(self.grid_size, widths))
 
 class SMPConv1d(InTime, SMPConv):
     "SMPConv of sequences, `(B, C, L)`; `causal=True` for time."
     ndim = 1
+
+    def reach(self):
+        width, = self.half_widths()
+        return self.reach_from(float(self.causal) - width)
 
 class SMPConv2d(SMPConv):
     "SMPConv of images, `(B, C, H, W)`."

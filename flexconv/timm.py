@@ -8,7 +8,7 @@ __all__ = ['register_with_timm']
 # %% ../nbs/39_timm.ipynb #0a9c7c0f
 import flexconv      # registers the models
 from .files import read_weights
-from .registry import create_model, list_models, shipped_weights
+from .registry import create_model, find_weights, list_models, model_registry, shipped_weights
 
 # %% ../nbs/39_timm.ipynb #0dd282a6
 try:
@@ -18,12 +18,17 @@ except ImportError: raise ImportError('flexconv.timm needs timm (pip install tim
                                       'without it, use flexconv.create_model') from None
 
 # %% ../nbs/39_timm.ipynb #9d6f5fdf
-unused = 'cache_dir',      # what timm passes to every model
+only_choice = dict(drop_rate=0., drop_path_rate=0., drop_block_rate=0., global_pool='avg')    # of a network without
 
-def to_our_words(kwargs):
-    "Arguments of `create_model` from those of timm."
-    words = dict(in_chans='in_channels', drop_rate='dropout')
-    return {words.get(name, name): value for name, value in kwargs.items() if name not in unused and value is not None}
+def to_our_words(name, kwargs):
+    "Arguments of `create_model(name)` from those of timm; a ValueError for what the network has no choice of."
+    words = dict(in_chans='in_channels')
+    if model_registry[name].takes('dropout'): words['drop_rate'] = 'dropout'
+    given = {word: value for word, value in kwargs.items() if word != 'cache_dir' and value is not None}
+    for word, value in only_choice.items():
+        if word not in words and given.pop(word, value) != value:
+            raise ValueError(f'{word} must be {value!r} for {name}, which knows no other; got {kwargs[word]!r}')
+    return {words.get(word, word): value for word, value in given.items()}
 
 # %% ../nbs/39_timm.ipynb #59178872
 def timm_config(about):
@@ -34,16 +39,27 @@ def timm_config(about):
                 num_classes=about['num_classes'], crop_pct=1., interpolation='bilinear', classifier='head',
                 fixed_input_size=False)
 
+# %% ../nbs/39_timm.ipynb #5f8eb146
+def described(name,      # of a model
+              config):   # timm's `pretrained_cfg`: a tag like 'cifar10', a dict, its own object, or None
+    "What a configuration says, a dict; a ValueError for the tag of weights that there are none of."
+    if config is None: return {}
+    if isinstance(config, str):
+        file = find_weights(name, config)
+        return dict(file=str(file), tag=config) | timm_config(read_weights(file)[1])
+    if not isinstance(config, dict): config = config.to_dict()
+    return {word: value for word, value in config.items() if value is not None}
+
 # %% ../nbs/39_timm.ipynb #4ac2e810
 def entry_point(name):
     "The function by which timm makes a model of this name."
     def make(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
-        source = None if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, 'tag', pretrained_cfg)
-        for given in pretrained_cfg, pretrained_cfg_overlay:                    # weights of one's own
-            if isinstance(given, dict): source = given.get('file') or given.get('url') or source
-        model = create_model(name, pretrained=(source or True) if pretrained else None, **to_our_words(kwargs))
-        inner = getattr(model, 'model', model)                    # of `FeatureMaps`
-        inner.pretrained_cfg = getattr(inner, 'pretrained_cfg', {}) | timm_config(getattr(inner, 'pretrained_cfg', {}))
+        given = described(name, pretrained_cfg) | described(name, pretrained_cfg_overlay)
+        source = given.get('file') or given.get('url') or True                  # weights of one's own, or ours
+        model = create_model(name, pretrained=source if pretrained else None, **to_our_words(name, kwargs))
+        inner = getattr(model, 'model', model)                                  # of `FeatureMaps`
+        about = getattr(inner, 'pretrained_cfg', {})
+        model.pretrained_cfg = inner.pretrained_cfg = about | timm_config(about) | given
         return model
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"`flexconv.create_model('{name}')`, in timm's words."

@@ -53,6 +53,17 @@ def interleave(rows):
     "Rows of two matrices in turn, `(n, 2 L, S)`."
     return np.stack(rows, -2).reshape(len(rows[0]), -1, rows[0].shape[-1])
 
+# %% ../nbs/10_transforms.ipynb #7c6a83a0
+def made_once(made,    # dict of what was made
+              like,    # a tensor whose device and dtype are taken
+              make):   # makes arrays
+    "The arrays as tensors, made once for every dtype and device: a copy from the host would make it wait for a GPU."
+    key = like.device, like.dtype
+    if key in made and type(like) is torch.Tensor: return made[key]       # a compiler needs its own
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)).to(like.device, like.dtype) for a in make()]
+    if type(tensors[0]) is torch.Tensor: made[key] = tensors              # not a fake one, of a compiler
+    return tensors
+
 # %% ../nbs/10_transforms.ipynb #ab2562f0
 class FourierMatrices:
     "A Fourier transform of one axis or several, one complex matrix for each, made once for every dtype and device."
@@ -65,15 +76,13 @@ class FourierMatrices:
 
     def steps(self, like):    # a tensor whose device and dtype are taken
         "The real matrices to multiply by for each axis, one, or two for the last; device and dtype as of `like`."
-        key = like.device, like.dtype
-        if key in self.made and type(like) is torch.Tensor: return self.made[key]      # a compiler needs its own
-        steps = []
-        for i, matrix in enumerate(self.matrices):
-            rows = real_rows(matrix, i == 0)
-            if i < len(self.matrices) - 1: rows = [interleave(rows)]
-            steps.append([torch.from_numpy(np.ascontiguousarray(r)).to(like.device, like.dtype) for r in rows])
-        if type(steps[0][0]) is torch.Tensor: self.made[key] = steps      # not a fake one, of a compiler
-        return steps
+        *before, re, im = made_once(self.made, like, self.rows)
+        return [*([rows] for rows in before), [re, im]]
+
+    def rows(self):
+        "The same as arrays: one for each axis but the last, and two for that."
+        rows = [real_rows(matrix, i == 0) for i, matrix in enumerate(self.matrices)]
+        return [*map(interleave, rows[:-1]), *rows[-1]]
 
 # %% ../nbs/10_transforms.ipynb #bbd41df8
 @lru_cache(maxsize=512)

@@ -16,14 +16,16 @@ def small(name, method):
 
 
 @pytest.mark.parametrize('name', SHAPES)
-@pytest.mark.parametrize('method', ['direct', 'matmul'])
-def test_a_training_step_is_one_program_for_all_batch_sizes(name, method):
+@pytest.mark.parametrize('method,dtype', [('direct', None), ('matmul', None), ('matmul', torch.bfloat16)])
+def test_a_training_step_is_one_program_for_all_batch_sizes(name, method, dtype):
     "With dropout, loss and moving masks: one program, and one more when the batch size is seen to change."
     torch._dynamo.reset()
     model, counter = small(name, method), CompileCounter()
     refresh_sizes(model)
     opt = torch.optim.Adam(model.parameters(), 1e-4)
-    loss_of = torch.compile(lambda x, target: F.cross_entropy(model(x), target), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda x, target: F.cross_entropy(model(x), target), backend=counter, fullgraph=True)
+    def loss_of(x, target):
+        with torch.autocast('cpu', dtype, enabled=dtype is not None): return compiled(x, target)
     for step, batch in enumerate((4, 4, 6, 3, 9, 5)):
         if step == 3: refresh_sizes(model)                               # the window stays
         opt.zero_grad()

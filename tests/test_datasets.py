@@ -131,9 +131,14 @@ def test_speechcommands(speech_folder):
     assert dls.train_ds.x.dtype == torch.int16 and abs(dls.one_batch()[0].std() - 1) < 0.05
     for ds in dls.train_ds, dls.valid_ds: assert torch.equal(ds.x[:, 0, 0].long(), ds.y)          # each sound its word
     assert (speech_folder/'SpeechCommands/flexconv_sc10.safetensors').exists()
-    shutil.rmtree(speech_folder/'SpeechCommands/speech_commands_v0.02/yes')
     assert len(get_dls('speechcommands', speech_folder).train_ds) == 49         # from what was kept
-    (speech_folder/'SpeechCommands/flexconv_sc10.safetensors').unlink()
+    recordings = speech_folder/'SpeechCommands/speech_commands_v0.02'
+    for word in speech_words:                                                   # more of them: read anew, also as MFCC
+        get_dls('speechcommands_mfcc', speech_folder)
+        shutil.copy(recordings/word/'00000000_nohash_0.wav', recordings/word/'00000009_nohash_0.wav')
+    for name in 'speechcommands', 'speechcommands_mfcc':
+        assert len(get_dls(name, speech_folder).train_ds) == 56                 # 70% of 80
+    shutil.rmtree(recordings/'yes')
     with pytest.raises(ValueError, match='holds no recordings of yes'): get_dls('speechcommands', speech_folder)
 
 

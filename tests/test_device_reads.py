@@ -257,6 +257,149 @@ def test_what_a_window_notes_is_copied_with_its_layer(as_on_a_gpu):
     assert torch.equal(twin(x), layer(x))
 
 
+# -- what must not hide that a kernel was cut
+
+def grown(layer, x, passes=33, start=0.05):
+    "A layer whose mask has rested for so long that it reads seldom."
+    with torch.no_grad(): layer.mask.sigma.fill_(start)
+    for _ in range(passes): layer(x).sum().backward()
+    return layer
+
+
+def test_a_kernel_that_is_kept_is_whole(as_on_a_gpu):
+    "Without gradients a kernel is kept while its parameters stay equal: it must not be one that was cut."
+    layer, x = FlexConv1d(1, 1, 65), torch.randn(1, 1, 64)
+    grown(layer, x)
+    with torch.no_grad():
+        layer.mask.sigma.fill_(0.4)
+        want = layer.to_conv()(x)
+        for _ in range(3): torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+
+
+CHANGES = dict(nothing=lambda layer: None, eval=lambda layer: layer.eval(), train=lambda layer: layer.train(),
+               to=lambda layer: layer.to(torch.float64), load=lambda layer: layer.load_state_dict(layer.state_dict()))
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_change_of_mode_does_not_hide_what_was_cut(change, as_on_a_gpu):
+    layer, x = FlexConv1d(1, 1, 65), torch.randn(1, 1, 64)
+    grown(layer, x)
+    with torch.no_grad(): layer.mask.sigma.fill_(0.4)
+    layer(x).sum().backward()
+    CHANGES[change](layer)
+    with pytest.warns(RuntimeWarning, match='outgrew .* positions were cut off'): refresh_sizes(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        refresh_sizes(layer)                                             # said once
+
+
+def test_other_parameters_do_not_hide_what_was_cut(as_on_a_gpu):
+    layer, x = FlexConv1d(1, 1, 65), torch.randn(1, 1, 64)
+    grown(layer, x)
+    other = {k: v.detach().clone() for k, v in layer.named_parameters()}
+    with torch.no_grad(): layer.mask.sigma.fill_(0.4)
+    layer(x).sum().backward()
+    with pytest.warns(RuntimeWarning, match='positions were cut off'): torch.func.functional_call(layer, other, (x,))
+
+
+def test_tensors_that_come_and_go_are_told_apart(as_on_a_gpu):
+    "The `id` of a tensor that is gone is given again: here a mask of 0.5 would get the window of 0.1."
+    layer, x = FlexConv1d(1, 1, 65), torch.randn(1, 1, 64)
+    other = {k: v.detach() for k, v in layer.named_parameters()}
+    outputs = []
+    for i in range(100):
+        sigma = torch.full((1,), 0.1 if i < 96 else 0.5)
+        outputs.append(torch.func.functional_call(layer, other | {'mask.sigma': sigma}, (x,)))
+        del sigma
+    with torch.no_grad(): layer.mask.sigma.fill_(0.5)
+    for y in outputs[96:]: torch.testing.assert_close(y, layer.to_conv()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learner_reports_what_was_cut_in_the_last_batch(as_on_a_gpu):
+    "Validation comes next, for which fastai changes the mode first."
+    from flexconv.data import get_dls
+    from flexconv.learner import flex_learner
+
+    class Grow(callbacks.Callback):
+        order = -100
+        def before_batch(self):
+            if not self.training or self.iter < self.n_iter - 1: return
+            with torch.no_grad():
+                for m in conv_layers(self.model).values(): m.mask.sigma.fill_(0.8)
+    learn = flex_learner(get_dls('digits', bs=16, seed=0), 'flexnet3', cbs=Grow())
+    with warnings.catch_warnings(record=True) as caught, learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('always')
+        learn.fit(1)
+    named = {str(w.message).split()[3] for w in caught if 'outgrew' in str(w.message)}
+    assert named == set(conv_layers(learn.model))
+
+
+def test_an_eager_pass_does_not_hide_that_a_compiled_one_was_cut(as_on_a_gpu):
+    torch._dynamo.reset()
+    layer, x = FlexConv1d(1, 1, 65, conv_method='direct'), torch.randn(1, 1, 64)
+    step = torch.compile(layer, backend='eager', fullgraph=True)
+    for f in step, layer:
+        refresh_sizes(layer)
+        f(x)
+    with torch.no_grad(): layer.mask.sigma.fill_(0.5)
+    step(x)
+    with pytest.warns(RuntimeWarning, match='may have been cut off'): refresh_sizes(layer)
+
+
+def test_a_recorded_step_is_compared_with_what_it_samples(as_on_a_gpu):
+    "A program of `torch.jit.trace` goes on sampling the same window, as does a CUDA graph of one's own."
+    layer, x = FlexConv1d(1, 1, 65, conv_method='direct'), torch.randn(1, 1, 64)
+    refresh_sizes(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        step = torch.jit.trace(layer, x, check_trace=False)
+    found = []
+    for _ in range(60):
+        with torch.no_grad(): layer.mask.sigma += 0.005
+        y = step(x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            refresh_sizes(layer)
+        found.append(bool(caught))
+        if not caught: torch.testing.assert_close(y, layer.to_conv()(x), rtol=1e-4, atol=1e-5)
+    assert found == sorted(found) and not found[0] and found[-1]
+    assert 'record the step again' in str(caught[0].message)
+
+
+@pytest.mark.parametrize('method', ['fft', 'matmul'])
+@pytest.mark.parametrize('cls,n,size', [(FlexConv1d, 785, 784), (FlexConv2d, 33, 20)])
+def test_matrices_are_copied_to_the_device_once(cls, n, size, method, monkeypatch):
+    "A copy from the host in every pass would make the host wait, and cannot be captured."
+    layer, x, copies = cls(2, 2, n, conv_method=method), torch.randn(1, 2, *[size]*cls.ndim), []
+    from_numpy = torch.from_numpy
+    monkeypatch.setattr(torch, 'from_numpy', lambda a: (copies.append(a.shape), from_numpy(a))[1])
+    counts = []
+    for _ in range(3):
+        layer(x).sum().backward()
+        counts.append(len(copies))
+    assert counts == counts[:1]*3, copies[counts[0]:]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_replicas_of_data_parallel_compute_the_same(dtype):
+    "Made as `nn.DataParallel` makes them: tensors where there were parameters, which are listed elsewhere."
+    model = create_model('flexnet3', width=6).to(dtype)
+    replicas = {name: m._replicate_for_data_parallel() for name, m in model.named_modules()}
+    for name, module in model.named_modules():
+        replica = replicas[name]
+        replica._former_parameters = {key: p.detach() for key, p in module._parameters.items() if p is not None}
+        for key in module._parameters: replica._parameters[key] = None
+        for key, p in replica._former_parameters.items():
+            del replica._parameters[key]
+            setattr(replica, key, p)
+        for child in module._modules: replica._modules[child] = replicas[f'{name}.{child}'.removeprefix('.')]
+    x = torch.randn(4, 3, 16, 16, dtype=dtype)
+    torch.manual_seed(0)
+    want = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(replicas[''](x), want)
+
+
 # -- autotune in a capture
 
 def test_autotune_measures_nothing_while_a_graph_is_captured(monkeypatch):

@@ -8,6 +8,7 @@ from flexconv.mask import GaussianMask
 from flexconv.layers import CKConv1d, CKConv2d, FlexConv1d, FlexConv2d, FlexConv3d
 from flexconv.registry import create_model
 from flexconv.stream import Stream
+from flexconv.successors import SMPConv1d
 from helpers import close
 
 def perceptron(ndim, channels):
@@ -356,3 +357,64 @@ def test_missing_pixels_keep_the_memory_format():
         layer = FlexConv2d(3, 4, 9, conv_method=method)
         wanted = layer(x).is_contiguous(memory_format=torch.channels_last)
         assert layer(x, present=present).is_contiguous(memory_format=torch.channels_last) == wanted
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('dtype,first', [(torch.int64, 1_700_000_000), (torch.int64, 1_700_000_000_000),
+                                         (torch.float64, 1.7e9), (torch.int8, -120), (torch.uint8, 15)])
+def test_times_of_any_dtype_are_those_of_the_grid(dtype, first, causal):
+    "Unix seconds and milliseconds; differences that do not fit into 8 bits. Long enough for several chunks."
+    n = 240 if dtype.itemsize == 1 else 2000
+    layer, x = make(FlexConv1d, 33, causal=causal), torch.randn(1, 4, n)
+    times = (torch.arange(n, dtype=torch.float64) + first).to(dtype)
+    close(layer(x, t=times), layer(x).detach(), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_times_in_half_precision_are_what_they_say(dtype):
+    t, layer, x = (torch.rand(100)*90).to(dtype), make(FlexConv1d, 33), torch.randn(1, 4, 100)
+    close(layer(x, t=t), layer(x, t=t.double()).detach(), 1e-5)
+
+
+@pytest.mark.parametrize('options', ids=label,
+                         argvalues=[{}, dict(causal=True), dict(shared=True), dict(causal=True, spread=0.3)])
+def test_points_with_times_are_those_on_the_grid(options):
+    torch.manual_seed(0)
+    layer, x, present = SMPConv1d(2, 3, 33, **options).eval(), torch.randn(2, 2, 60), torch.rand(60) < 0.6
+    close(layer(x, t=torch.arange(60)), layer(x).detach(), 1e-5)
+    close(layer(x, t=torch.arange(60), present=present), layer(x, present=present).detach(), 1e-5)
+
+
+@pytest.mark.parametrize('dtype,gone', [(torch.float32, 2**24), (torch.bfloat16, 300)])
+def test_a_stream_does_not_lose_count(dtype, gone):
+    layer, x = make(FlexConv1d, 33, causal=True).to(dtype), torch.randn(1, 4, 120, dtype=dtype)
+    stream, late = Stream(layer, times=True), Stream(layer, times=True)
+    want = torch.cat([stream(part) for part in x.split(7, -1)], -1)
+    late.last = torch.tensor([[gone]])                                        # as after so many samples
+    close(torch.cat([late(part) for part in x.split(7, -1)], -1), want, 1e-6)
+
+
+def test_the_latest_sample_is_scored_wherever_it_lies():
+    torch.manual_seed(0)
+    net = AtTimes(create_model('flextcn2', 2, 5, kernel_size=60, width=8, sigma=0.2).eval())
+    x, t, order = torch.randn(3, 2, 60), torch.arange(60), torch.randperm(60)
+    present = order < 45
+    with torch.no_grad():
+        close(net(x[..., order], t[order]), net.model(x), 1e-5)
+        close(net(x[..., order], t[order], present), net.model(x[..., :45]), 1e-5)
+        ends = torch.tensor([60, 45, 20])                                     # padded sequences, on the grid
+        scores = net(x, present=t < ends[:, None])
+        for i, end in enumerate(ends): close(scores[i:i+1], net.model(x[i:i+1, :, :end]), 1e-5)
+        close(net(x[..., order], t[order].expand(3, -1), order < ends[:, None]), scores, 1e-5)
+
+
+def test_streams_and_empty_sequences_say_what_is_wrong():
+    layer = make(FlexConv1d, 33, causal=True)
+    stream = Stream(layer, times=True)
+    stream(torch.randn(2, 4, 5))
+    with pytest.raises(ValueError, match=r'chunk must have the batch and channels of those before, \(2, 4\)'):
+        stream(torch.randn(1, 4, 5))
+    stream.reset()
+    stream(torch.randn(1, 4, 5))
+    with pytest.raises(ValueError, match=r'x must have at least one sample; got .*\(1, 4, 0\)'):
+        layer(torch.randn(1, 4, 0), t=torch.rand(0))

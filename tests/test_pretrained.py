@@ -7,6 +7,7 @@ import numpy as np, pytest, safetensors, torch
 from flexconv import baselines                                           # registers its networks
 from flexconv.files import read_weights, save_weights
 from flexconv.hub import from_pretrained, save_hub
+from flexconv.layers import FlexConv2d
 from flexconv.registry import create_model, download_weights, list_models, shipped_weights
 from flexconv.resolution import set_resolution
 from flexconv.runs import load_run
@@ -145,6 +146,25 @@ def test_urls_without_weights(address, tmp_path):
     with pytest.raises(OSError, match='could not be downloaded from http.*/none.safetensors .*404'):
         download_weights(f'{address}/none.safetensors')
     assert not [path for path in (tmp_path/'cache').rglob('*') if path.is_file()]
+
+
+@pytest.mark.parametrize('files', [{'config.json': '{"architecture": "resnet10t"}'}, {'README.md': 'Mine.'},
+                                   {'model.safetensors': 'weights'}], ids=lambda files: next(iter(files)))
+def test_a_folder_of_somebody_else_stays_as_it_is(files, tmp_path):
+    for name, text in files.items(): (tmp_path/name).write_text(text)
+    net = create_model('flexnet7.cifar10')
+    with pytest.raises(ValueError, match=f'hub must be a new folder; .* has {next(iter(files))} of something else'):
+        save_hub(net, tmp_path, net.pretrained_cfg)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_description_that_is_none(tmp_path):
+    net = create_model('flexnet3', width=4)
+    with pytest.raises(ValueError, match=r"about must be what trained weights say .*; it lacks \['model'\]"):
+        save_hub(net, tmp_path, net.config)
+    config = create_model('flexnet3', width=4, conv=FlexConv2d).config
+    with pytest.raises(ValueError, match="conv must be a class or function; got 'FlexConv2d'"): create_model(**config)
+    assert create_model(**config | dict(conv=FlexConv2d)).stem.ndim == 2
 
 
 def test_a_folder_for_the_hub_holds_the_network_as_it_is(tmp_path):
