@@ -13,7 +13,7 @@ from .core import at_least_float32, check_choice, forward_ad, functionalizing, i
 from .core import tracing
 from .transforms import is_channels_last, to_channels_last
 from .correlate import LowRankKernel, fft_correlate, matmul_correlate
-from .costs import cheapest, run_seconds, tile_counts
+from .costs import cheapest, device_state, run_seconds, tile_counts
 
 # %% ../nbs/13_conv.ipynb #69f140fe
 def padding_pairs(padding,       # 'same', 'valid', an int, or per axis an int or a (before, after) pair
@@ -153,7 +153,7 @@ def autotune_key(x, kernel, args):
     "The shapes and options on which the time of a convolution depends."
     ranks = [len(f) for f in _factors(kernel)]
     layout = x.device, x.dtype, x.shape, is_channels_last(x)
-    return *layout, kernel.shape, *ranks, args[1:], _differentiates(x, kernel), torch.get_num_threads()
+    return *layout, kernel.shape, *ranks, args[1:], _differentiates(x, kernel), device_state(x.device.type)
 
 def autotune(x, kernel, args):
     "The fastest method for a forward pass, and where gradients are wanted a backward pass."

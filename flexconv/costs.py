@@ -205,6 +205,10 @@ def in_tf32():
     if not hasattr(cudnn, 'conv'): return cudnn.allow_tf32, cublas.allow_tf32            # before torch 2.9
     return cudnn.conv.fp32_precision == 'tf32', cublas.fp32_precision == 'tf32'
 
+def device_state(device):    # 'cpu', or another type
+    "The settings of torch on which times depend: threads, or TF32."
+    return torch.get_num_threads() if device == 'cpu' else in_tf32()
+
 def float32_unit_costs(by_precision, mode):
     "The unit costs of a GPU for float32 tensors at the present settings of torch, from those by precision."
     convolutions, products = in_tf32()
@@ -306,8 +310,7 @@ def cheapest(x_shape,                # of the input, (B, C_in, *S)
              training=True):         # True: with a backward pass
     "The method with the smallest estimate and its tile or None, `(method, tile)`; arguments as in `estimate_seconds`."
     shapes = tuple(x_shape), tuple(weight_shape), tuple(map(tuple, pairs)), stride, dilation
-    state = torch.get_num_threads() if device == 'cpu' else in_tf32()
-    return _cheapest(*shapes, device, rank, dtype, channels_last, training, state)
+    return _cheapest(*shapes, device, rank, dtype, channels_last, training, device_state(device))
 
 @lru_cache(maxsize=4096)
 def _cheapest(x_shape, weight_shape, pairs, stride, dilation, device, rank, dtype, channels_last, training, state):
