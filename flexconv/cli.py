@@ -584,7 +584,7 @@ def flexconv_export(
     (weights.safetensors). With --hub only a folder with weights, configuration and card."""
     check_choice(format, ('all', 'onnx', 'pt2', 'weights'), 'format')
     for given, name in (format != 'all', 'format'), (out is not None, 'out'):
-        if hub is not None and given: raise ValueError(f'{name} is for files beside a run; --hub writes a folder of its own')
+        if hub is not None and given: raise ValueError(f'{name} is for files beside a run; --hub writes its own folder')
     for path, name in (out, 'out'), (hub, 'hub'):
         if path is not None: output_path(path, name)
     model = load_run(run, 'cpu').model

@@ -61,7 +61,7 @@ def keep_updates(module, raised):
         if name in raised and raised[name]._version > 0: buffer.copy_(raised[name])
 
 def named_tensors(module):
-    "Parameters and buffers by name; of a replica of `nn.DataParallel`, which has no parameters, what is in their place."
+    "Parameters and buffers by name; of a replica of `nn.DataParallel` what is in the place of its parameters."
     yield from module.named_parameters()
     yield from module.named_buffers()
     for place, m in module.named_modules():

@@ -269,7 +269,8 @@ def download_weights(url):
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try: torch.hub.download_url_to_file(url, str(path))
-    except OSError as error: raise OSError(f'pretrained weights could not be downloaded from {url} ({error})') from error
+    except OSError as error:
+        raise OSError(f'pretrained weights could not be downloaded from {url} ({error})') from error
     try: read_weights(path)
     except ValueError as error:
         path.unlink()

@@ -46,7 +46,7 @@ class SMPConv(CKConv):
                          conv_method=conv_method, kernel_options=options, init=init)
 
     def half_widths(self):
-        "How far the points reach on each axis: from the newest sample back where causal, else from the middle."
+        "The reach of the points on each axis: from the newest sample back where causal, else from the middle."
         low, high = self.kernel_network.extent().tolist()
         return [1 - low[0]] if self.causal else [max(-a, b) for a, b in zip(low, high)]
 

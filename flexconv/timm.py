@@ -42,7 +42,7 @@ def timm_config(about):
 # %% ../nbs/39_timm.ipynb #5f8eb146
 def described(name,      # of a model
               config):   # timm's `pretrained_cfg`: a tag like 'cifar10', a dict, its own object, or None
-    "What a configuration says, a dict; a ValueError for the tag of weights that there are none of."
+    "A configuration as a dict; a ValueError for the tag of weights that there are none of."
     if config is None: return {}
     if isinstance(config, str):
         file = find_weights(name, config)
