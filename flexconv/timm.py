@@ -55,7 +55,7 @@ def entry_point(name):
     "The function by which timm makes a model of this name."
     def make(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
         given = described(name, pretrained_cfg) | described(name, pretrained_cfg_overlay)
-        source = given.get('file') or given.get('url') or True                  # weights of one's own, or ours
+        source = given.get('file') or given.get('url') or given.get('tag') or True
         model = create_model(name, pretrained=source if pretrained else None, **to_our_words(name, kwargs))
         inner = getattr(model, 'model', model)                                  # of `FeatureMaps`
         about = getattr(inner, 'pretrained_cfg', {})

@@ -298,6 +298,8 @@ def test_wrong_commands_on_runs(finished, tmp_path):
             ('flexconv_eval', (str(finished),), dict(bs=0), ['bs must be', 'got 0']),
             ('flexconv_eval', (str(tmp_path),), {}, ['has no config.json']),
             ('flexconv_export', (str(finished),), dict(format='tflite'), ['format must be one of', "'tflite'"]),
+            ('flexconv_export', (str(finished),), dict(format='onnx', hub=str(tmp_path/'hub')), ['format is for']),
+            ('flexconv_export', (str(finished),), dict(out=str(tmp_path/'o'), hub=str(tmp_path/'h')), ['out is for']),
             ('flexconv_export', (str(tmp_path),), {}, ['has no config.json'])]:
         _, err = command(name, *args, **options)
         for word in words: assert word in err, f'{word!r} is not in: {err}'

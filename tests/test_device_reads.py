@@ -346,6 +346,20 @@ def test_an_eager_pass_does_not_hide_that_a_compiled_one_was_cut(as_on_a_gpu):
     with pytest.warns(RuntimeWarning, match='may have been cut off'): refresh_sizes(layer)
 
 
+def test_weights_that_are_loaded_are_not_taken_for_a_mask_that_grew(as_on_a_gpu):
+    "A compiled step samples whole kernels until the sizes are read again: nothing is cut, and nothing is said."
+    torch._dynamo.reset()
+    layer, x = FlexConv1d(1, 1, 65, conv_method='direct'), torch.randn(1, 1, 64)
+    step = torch.compile(layer, backend='eager', fullgraph=True)
+    refresh_sizes(layer)
+    step(x)
+    layer.load_state_dict(layer.state_dict() | {'mask.sigma': torch.full((1,), 0.5)})
+    torch.testing.assert_close(step(x), layer.to_conv()(x), rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        refresh_sizes(layer)
+
+
 def test_a_recorded_step_is_compared_with_what_it_samples(as_on_a_gpu):
     "A program of `torch.jit.trace` goes on sampling the same window, as does a CUDA graph of one's own."
     layer, x = FlexConv1d(1, 1, 65, conv_method='direct'), torch.randn(1, 1, 64)

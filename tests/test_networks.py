@@ -254,3 +254,12 @@ def test_timm_makes_our_networks():
         assert torch.equal(trained(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
     from timm.data import resolve_model_data_config
     assert resolve_model_data_config(trained)['input_size'] == (3, 32, 32)
+    config = timm.models.PretrainedCfg(tag='pmnist')                     # one of several trained versions
+    told = timm.create_model('flextcn2', pretrained=True, pretrained_cfg=config)
+    assert told.pretrained_cfg['data']['name'] == 'pmnist'
+
+
+def test_feature_info_is_asked_for_by_number_as_in_timm():
+    info = create_model('flexnet7', width=8).feature_info
+    assert info.channels(0) == 8 and info.channels([0, -1]) == [8, 16] == [info.channels()[i] for i in (0, -1)]
+    assert info.module_name(-1) == 'blocks.6' == info.get_dicts()[-1]['module'] and info.reduction((1,)) == [1]
