@@ -138,7 +138,8 @@ class Classifier(nn.Module):
                  num_classes,           # length of the scores
                  feature_info):         # of the output of each block: `[(channels, reduction), ...]`
         "Make the head, and note what users ask for."
-        self.num_features, self.num_classes = num_features, check_int(num_classes, 'num_classes')
+        self.num_features = self.head_hidden_size = num_features       # what enters the head is a mean of the features
+        self.num_classes = check_int(num_classes, 'num_classes')
         self.feature_info = FeatureInfo(dict(module=f'{self.block_prefix}{i}', num_chs=channels, reduction=reduction)
                                         for i, (channels, reduction) in enumerate(feature_info))
         self.add_module(self.head_name, self.new_head(num_features, num_classes))
@@ -171,14 +172,20 @@ class Classifier(nn.Module):
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(self,
-                              x,               # (B, in_channels, *S)
-                              indices=None):    # of the blocks that are wanted, ints; by default all
-        "The outputs of blocks, a list."
+                              x,                            # (B, in_channels, *S)
+                              indices=None,                 # of the blocks that are wanted; an int: so many of the last
+                              stop_early=False,             # True: run no block after the last that is wanted
+                              intermediates_only=False):    # True: the list alone
+        """The last feature map that was computed, and a list of the outputs of blocks. Raises ValueError for blocks
+        that do not exist."""
+        taken = which_blocks(indices, len(self.blocks), 'indices')
         x, maps = self.stem_features(x), []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > max(taken): break
             x = block(x)
             maps.append(x)
-        return maps if indices is None else [maps[i] for i in indices]
+        maps = [maps[i] for i in taken]
+        return maps if intermediates_only else (x, maps)
 
     def get_classifier(self):
         "The layer that gives the scores."
@@ -209,6 +216,18 @@ class FeatureInfo(list):
     def module_name(self, idx=None): return self.get('module', idx)
     def get_dicts(self): return list(self)
 
+def which_blocks(indices,    # ints, of which negative ones count from the end; an int: so many of the last; None: all
+                 count,      # of the blocks
+                 name):      # of the argument, for errors
+    "Numbers of blocks, from 0. A ValueError where there are no such blocks."
+    known = range(count)
+    if indices is None: return list(known)
+    if type(indices) is int and 1 <= indices <= count: return list(known[-indices:])
+    ints = isinstance(indices, (list, tuple, range)) and all(type(i) is int for i in indices)
+    if ints and indices and all(-count <= i < count for i in indices): return [known[i] for i in indices]
+    raise ValueError(f'{name} must be ints from {-count} to {count - 1}, or how many of the last {count}; '
+                     f'got {indices!r}')
+
 def as_classifier(model, what):
     "`model`; a ValueError where it has no head that can be taken off."
     if isinstance(model, Classifier): return model
@@ -219,24 +238,14 @@ class FeatureMaps(nn.Module):
     "The feature maps of a `Classifier`, without its head: `(B, C, *S)` to a list, as timm's `features_only=True`."
     def __init__(self,
                  model,                # a `Classifier`; its head is taken off
-                 out_indices=None):    # which feature maps, ints; negative ones count from the end; by default all
+                 out_indices=None):    # which feature maps, as `indices` of `forward_intermediates`; by default all
         super().__init__()
         model.reset_classifier(0)
-        known = range(len(model.feature_info))
-        if out_indices is None: out_indices = known
-        if not isinstance(out_indices, (list, tuple, range)):
-            raise ValueError(f'out_indices must be a list or tuple of ints; got {out_indices!r}')
-        for i in out_indices:
-            if not (isinstance(i, int) and -len(known) <= i < len(known)):
-                allowed = f'{-len(known)} to {len(known) - 1}'
-                raise ValueError(f'out_indices must be ints from {allowed}; got {out_indices!r}')
-        self.out_indices = [known[i] for i in out_indices]
+        self.out_indices = which_blocks(out_indices, len(model.feature_info), 'out_indices')
         self.model, self.config = model, getattr(model, 'config', None)
         self.feature_info = FeatureInfo(model.feature_info[i] for i in self.out_indices)
 
-    def forward(self, x):
-        maps = self.model.forward_intermediates(x)
-        return [maps[i] for i in self.out_indices]
+    def forward(self, x): return self.model.forward_intermediates(x, self.out_indices, intermediates_only=True)
 
 # %% ../nbs/31_registry.ipynb #49da3ab7
 weights_folder = Path(files.__file__).parent/'weights'

@@ -263,3 +263,22 @@ def test_feature_info_is_asked_for_by_number_as_in_timm():
     info = create_model('flexnet7', width=8).feature_info
     assert info.channels(0) == 8 and info.channels([0, -1]) == [8, 16] == [info.channels()[i] for i in (0, -1)]
     assert info.module_name(-1) == 'blocks.6' == info.get_dicts()[-1]['module'] and info.reduction((1,)) == [1]
+
+
+@pytest.mark.parametrize('name', list_models())
+@torch.no_grad()
+def test_intermediates_as_in_timm(name):
+    "A pair, of the last feature map and those of the blocks; the last few by number; no block after those needed."
+    net, x = small(name)
+    assert net.head_hidden_size == net.num_features
+    features, maps = net.forward_intermediates(x)
+    assert torch.equal(features, net.forward_features(x)) and len(maps) == len(net.blocks)
+    for indices, same in ((2, maps[-2:]), ((-1, 0), (maps[-1], maps[0])), (range(1), maps[:1])):
+        for a, b in zip(net.forward_intermediates(x, indices, intermediates_only=True), same, strict=True):
+            assert torch.equal(a, b)
+    net.blocks[-1].register_forward_hook(lambda *args: pytest.fail('the last block ran'))
+    last, (first,) = net.forward_intermediates(x, [0], stop_early=True)
+    assert torch.equal(last, maps[0]) and torch.equal(first, maps[0])
+    for wrong in (0, len(maps) + 1, [len(maps)], [], True, '0'):
+        with pytest.raises(ValueError, match=f'indices must be ints from -{len(maps)} to'):
+            net.forward_intermediates(x, wrong)
