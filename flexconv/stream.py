@@ -7,11 +7,12 @@ __all__ = ['Stream']
 
 # %% ../nbs/36_stream.ipynb #49c54dbd
 import copy
+from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .at_times import check_layers
-from .irregular import check_times
+from .at_times import by_time, check_layers, features_in
+from .irregular import check_present, check_times
 from .layers import CausalConv1d, CKConv
 from .convert import keep_hooks
 from .export import bake, check_forward
@@ -48,9 +49,15 @@ def next_steps(last,      # time of the last sample, `(1 or B, 1)`, or None: the
     return (last.double() if last.is_floating_point() else last) + 1 + steps
 
 # %% ../nbs/36_stream.ipynb #5b37e02d
+def joined(a, b):    # `(1 or B, L)`
+    "One after the other."
+    rows = max(len(a), len(b))
+    return torch.cat([a.expand(rows, -1), b.expand(rows, -1)], -1)
+
 class TimedConv1d(nn.Module):
-    "A causal CKConv1d or FlexConv1d that remembers the samples in its reach, and when they were."
-    past, now = None, None           # samples and their times; the times of the next chunk
+    "A causal CKConv1d or FlexConv1d that remembers the samples in its reach, when they were and which are missing."
+    past = None                 # samples, their times, and which are there
+    now, here = None, None      # of the next chunk: its times, and which of its samples are there
 
     def __init__(self, layer):       # causal
         super().__init__()
@@ -63,14 +70,16 @@ class TimedConv1d(nn.Module):
 
     def forward(self, x):
         t = new = self.times(x)
+        here = torch.ones_like(t[:1], dtype=torch.bool) if self.here is None else self.here
         if self.past is not None:
-            rows = max(len(t), len(self.past[1]))
             x = torch.cat([self.past[0], x], -1)                                # (B, C, past + L)
-            t = torch.cat([self.past[1].expand(rows, -1), t.expand(rows, -1)], -1)
-        y = self.layer.convolve_at(x, t[0] if len(t) == 1 else t, at=new[0] if len(new) == 1 else new)
-        forgotten = t - t[:, -1:] < self.layer.reach()[0]
-        first = int(forgotten.sum(1).amin())                    # times rise: these come first
-        self.past = x[..., first:].detach().clone(), t[:, first:].clone()
+            t, here = joined(self.past[1], t), joined(self.past[2], here)
+        present = None if here.all() else here
+        t, new, present = (v[0] if v is not None and len(v) == 1 else v for v in (t, new, present))
+        y = self.layer.convolve_at(x, t, present, at=new)
+        forgotten = t - t[..., -1:] < self.layer.reach()[0]
+        first = int(forgotten.sum(-1).amin())                   # times rise: these come first
+        self.past = x[..., first:].detach().clone(), torch.atleast_2d(t)[:, first:].clone(), here[:, first:].clone()
         return y
 
 # %% ../nbs/36_stream.ipynb #81c94911
@@ -185,10 +194,11 @@ def check_local_layers(model):    # with streaming convolutions
 # %% ../nbs/36_stream.ipynb #b1e23169
 class Stream:
     """A causal network fed chunk by chunk: `stream(chunk)` for chunks `(B, C, L)`, any L at least 1, or
-    `stream(chunk, t)`. Raises ValueError where a layer of the network needs more than the past."""
+    `stream(chunk, t, present)`. Raises ValueError where a layer of the network needs more than the past."""
     def __init__(self,
                  model,            # a causal network, baked or not; its other layers must act on each time step alone
-                 times=False):     # True: samples may have times of their own; for CKConv1d and FlexConv1d, not baked
+                 times=False):     # True: samples may have times of their own and be missing; for CKConv1d and
+                                   # FlexConv1d, not baked
         self.times = times
         self.model = streaming_at_times(model) if times else streaming(model)
         check_local_layers(self.model)
@@ -214,8 +224,10 @@ class Stream:
     @torch.no_grad()
     def __call__(self,
                  chunk,     # (B, C, L)
-                 t=None):   # with times=True: rising times in steps of the grid, (L,) or (B, L); else the next steps
-        "The output of the network for these samples."
+                 t=None,    # with times=True: rising times in steps of the grid, (L,) or (B, L); else the next steps
+                 present=None):    # with times=True: (L,) or (B, L), bool: False where a sample is missing
+        """The output of the network for these samples. A network that scores its last time step scores the latest
+        sample that is present in this chunk, or the last time step of a chunk without any."""
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
         if self.shape not in (None, chunk.shape[:2]):
@@ -225,8 +237,17 @@ class Stream:
             t = next_steps(self.last, chunk.shape[-1], chunk.device)
             if len(t) == 1: t = t[0]
         if t is not None: t = self.check_times(chunk, t)
-        for module in self.model.modules():
-            if isinstance(module, TimedConv1d): module.now = t
-        y = self.model(chunk)
+        here = None
+        if present is not None:
+            if not self.times: raise ValueError('present is for streams made with times=True')
+            here = check_present(present, len(chunk), chunk.shape[2:])
+            chunk = chunk.masked_fill(~here[:, None], 0)
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, TimedConv1d): module.now, module.here = t, here
+                if present is not None and hasattr(module, 'forward_head'):
+                    order = by_time(*chunk.shape[::2], chunk.device, present=present)
+                    stack.enter_context(features_in(module, order))
+            y = self.model(chunk)
         self.shape, self.last = chunk.shape[:2], None if t is None else t[:, -1:]
         return y

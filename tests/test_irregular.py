@@ -306,6 +306,29 @@ def test_a_stream_at_times_gives_what_the_whole_sequence_gives(name, shared):
     assert kept and max(kept) < 50                                # memory does not grow with the stream
 
 
+@pytest.mark.parametrize('shared', [True, False])
+@pytest.mark.parametrize('name', ['flextcn2', 'cktcn_magnet'])
+def test_samples_may_be_missing_on_a_stream(name, shared):
+    "Features as of the whole sequence, scores as after the latest sample that is there; chunks with and without gaps."
+    torch.manual_seed(0)
+    net = create_model(name, in_channels=2, kernel_size=40, width=6, **dict(sigma=0.2) if 'flex' in name else {}).eval()
+    x, t = torch.randn(3, 2, 60), torch.rand(60).mul(3).cumsum(-1)
+    present = torch.rand(*([60] if shared else [3, 60])) < 0.6
+    present[..., 20:40] = True                                   # a chunk without gaps
+    x.masked_fill_(~present.expand(3, -1)[:, None], float('nan'))
+    features, scores = Stream(net.blocks, times=True), Stream(net, times=True)
+    whole = AtTimes(net.blocks)(x, t, present).detach()
+    for _ in range(2):
+        parts = []
+        for start, stop in (0, 20), (20, 40), (40, 42), (42, 60):
+            chunk = x[..., start:stop], t[start:stop], None if start == 20 else present[..., start:stop]
+            parts.append(features(*chunk))
+            close(scores(*chunk), AtTimes(net)(x[..., :stop], t[:stop], present[..., :stop]).detach(), 1e-4)
+        close(torch.cat(parts, -1), whole, 1e-4)
+        features.reset(), scores.reset()
+    with pytest.raises(TypeError, match='present must be a bool tensor'): features(x, t, present.float())
+
+
 def test_long_sequences_fit():
     """Forward and backward of 1,000 samples under a kernel that spans them all take less than 0.4 GB more. In one
     chunk they took 4.6 GB."""
