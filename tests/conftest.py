@@ -1,7 +1,8 @@
 "Shared helpers of the tests."
 import os
 # before torch is imported: workers share the cores
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    for name in ('OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS'): os.environ.setdefault(name, '1')
 from pathlib import Path
 import numpy as np, pytest, torch
 

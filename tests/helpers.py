@@ -4,6 +4,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import torch, torch.nn.functional as F
 from hypothesis import strategies as st
+from forked import run_forked
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
@@ -13,10 +14,12 @@ TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-11}
 
 # Commands -------------------------------------------------------------------------------------------------------------
 
-def run(*command, code=0, **kwargs):
-    "One of our commands as a user starts it, with the exit code that it must have; what it printed is in the result."
-    done = subprocess.run([BIN/command[0], *map(str, command[1:])], capture_output=True, text=True,
-                          **(dict(env=os.environ | dict(OMP_NUM_THREADS='1')) | kwargs))
+def run(*command, code=0, cwd='.', **kwargs):
+    """One of our commands as a user starts it, with the exit code that it must have; what it printed is in the result.
+    With options of `subprocess.run` it is a process from the start, imports and all."""
+    path, *args = BIN/command[0], *map(str, command[1:])
+    if kwargs: done = subprocess.run([path, *args], capture_output=True, text=True, cwd=cwd, **(dict(env=ENV) | kwargs))
+    else: done = run_forked(path, *args, folder=cwd)
     assert done.returncode == code, f'{done.returncode}: {done.stdout}{done.stderr}'
     assert 'Traceback' not in done.stderr, done.stderr
     return done

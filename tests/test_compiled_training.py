@@ -4,23 +4,23 @@ import copy
 import pytest, torch, torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from flexconv.layers import FlexConv1d, FlexConv2d, conv_layers, refresh_sizes
-from flexconv.registry import create_model
+from flexconv.flexnet import FlexNet, FlexTCN
 
-SHAPES = {'flexnet3': (3, 9, 9), 'flextcn2': (2, 40)}
+SHAPES = {FlexNet: (3, 9, 9), FlexTCN: (2, 40)}
+SIZES = {FlexNet: dict(widths=(6,), kernel_size=9), FlexTCN: dict(blocks=1, kernel_size=40)}    # of one block
 
 
-def small(name, method):
+def small(cls, method):
     torch.manual_seed(0)
-    kw = dict(kernel_size=9) if name == 'flexnet3' else dict(kernel_size=40)
-    return create_model(name, in_channels=SHAPES[name][0], width=4, sigma=0.3, conv_method=method, **kw)
+    return cls(SHAPES[cls][0], width=4, sigma=0.3, conv_method=method, **SIZES[cls])
 
 
-@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('cls', SHAPES)
 @pytest.mark.parametrize('method,dtype', [('direct', None), ('matmul', None), ('matmul', torch.bfloat16)])
-def test_a_training_step_is_one_program_for_all_batch_sizes(name, method, dtype):
+def test_a_training_step_is_one_program_for_all_batch_sizes(cls, method, dtype):
     "With dropout, loss and moving masks: one program, and one more when the batch size is seen to change."
     torch._dynamo.reset()
-    model, counter = small(name, method), CompileCounter()
+    model, counter = small(cls, method), CompileCounter()
     refresh_sizes(model)
     opt = torch.optim.Adam(model.parameters(), 1e-4)
     compiled = torch.compile(lambda x, target: F.cross_entropy(model(x), target), backend=counter, fullgraph=True)
@@ -29,15 +29,15 @@ def test_a_training_step_is_one_program_for_all_batch_sizes(name, method, dtype)
     for step, batch in enumerate((4, 4, 6, 3, 9, 5)):
         if step == 3: refresh_sizes(model)                               # the window stays
         opt.zero_grad()
-        loss_of(torch.randn(batch, *SHAPES[name]), torch.randint(0, 10, (batch,))).backward()
+        loss_of(torch.randn(batch, *SHAPES[cls]), torch.randint(0, 10, (batch,))).backward()
         opt.step()
     assert counter.frame_count == 2
     with torch.no_grad():
         for m in conv_layers(model).values(): m.mask.sigma *= 2
     refresh_sizes(model)
-    loss_of(torch.randn(7, *SHAPES[name]), torch.randint(0, 10, (7,)))
+    loss_of(torch.randn(7, *SHAPES[cls]), torch.randint(0, 10, (7,)))
     assert counter.frame_count == 3                                      # a new window is a new program
-    loss_of(torch.randn(8, *SHAPES[name]), torch.randint(0, 10, (8,)))
+    loss_of(torch.randn(8, *SHAPES[cls]), torch.randint(0, 10, (8,)))
     assert counter.frame_count == 3
 
 
@@ -73,11 +73,11 @@ def test_matmul_in_a_program_gives_what_it_gives_alone(cls, shape, kw, backend):
 
 def test_a_compiled_optimizer_takes_masks_at_their_own_rate():
     torch._dynamo.reset()
-    model = small('flextcn2', 'direct')
+    model = small(FlexTCN, 'direct')
     twin, counter = copy.deepcopy(model), CompileCounter()
     opts = [torch.optim.Adam(m.parameters(), 1e-3) for m in (model, twin)]
     compiled_step = torch.compile(opts[1].step, backend=counter)
-    x, target = torch.randn(2, *SHAPES['flextcn2']), torch.randint(0, 10, (2,))
+    x, target = torch.randn(2, *SHAPES[FlexTCN]), torch.randint(0, 10, (2,))
     for m in (model, twin): m.eval()                                     # without dropout
     for step in range(3):
         for m, update in ((model, opts[0].step), (twin, compiled_step)):

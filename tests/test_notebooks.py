@@ -2,6 +2,7 @@
 import os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
+from forked import run_forked
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT/'nbs'
@@ -10,14 +11,13 @@ NOTEBOOKS = sorted(p.relative_to(NBS)
 TUTORIALS = [p for p in NOTEBOOKS if p.parent.name == 'tutorials']
 
 
-def run_notebook(path, folder, **env):
-    done = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--do_print'],
-                          capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='agg') | env, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+def command(path): return Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--do_print'
 
 
 @pytest.mark.parametrize('notebook', [p for p in NOTEBOOKS if p not in TUTORIALS], ids=lambda p: str(p.with_suffix('')))
-def test_notebook(notebook): run_notebook(NBS/notebook, ROOT)
+def test_notebook(notebook):
+    done = run_forked(*command(NBS/notebook), folder=ROOT, MPLBACKEND='agg')
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope='session')
@@ -41,4 +41,6 @@ def test_a_tutorial_runs_from_a_wheel_in_an_empty_folder(notebook, installed, tm
     where = subprocess.run([sys.executable, '-c', 'import flexconv; print(flexconv.__file__)'], capture_output=True,
                            text=True, env=os.environ | env, cwd=tmp_path)
     assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
-    run_notebook(nb, tmp_path, **env)
+    done = subprocess.run(command(nb), capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | dict(MPLBACKEND='agg') | env)
+    assert done.returncode == 0, done.stdout + done.stderr

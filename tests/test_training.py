@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from flexconv import cli, list_models
 from flexconv.registry import model_registry
-from helpers import BIN, run
+from helpers import BIN, ENV, run
 
 
 # Schedule -------------------------------------------------------------------------------------------------------------
@@ -112,11 +112,12 @@ def test_a_run_folder_holds_what_it_should(tmp_path):
 
 
 def test_both_spellings_of_options(tmp_path):
-    "Dashes and underscores, whichever fastcore is installed; also for the benchmark."
+    """Dashes and underscores, whichever fastcore is installed; also for the benchmark. In processes of their own, since
+    the import of the commands is what reads them."""
     done = run('flexconv_train', '--epochs', 1, '--width', 4, '--max-items', 64, '--warmup_epochs=0.5', '--out',
-               tmp_path/'run')
+               tmp_path/'run', env=ENV)
     assert 'Last epoch' in done.stdout and json.loads((tmp_path/'run/config.json').read_text())['warmup_epochs'] == 0.5
-    assert 'quick' in run('flexconv_bench', '--help').stdout
+    assert 'quick' in run('flexconv_bench', '--help', env=ENV).stdout
 
 
 def test_resume_equals_an_uninterrupted_run(tmp_path):
