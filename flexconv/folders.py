@@ -207,12 +207,13 @@ class ImageFiles(ImageSet):
 
 # %% ../nbs/42_folders.ipynb #5386ef60
 def make_record(name, classes, input_shape, stats, seed, valid_pct, train_items, valid_items, **more):
-    "The record of a data set, a dict that JSON can hold."
+    "The record of a data set, a dict as JSON gives it back, so that it equals one that was written and read."
     mean, std = ([float(v) for v in values] for values in stats)
-    return dict(name=str(name), classes=list(map(str, classes)), num_classes=len(classes), channels=input_shape[0],
-                size=None if len(input_shape) == 2 else list(input_shape[1:]), input_shape=list(input_shape),
-                mean=mean, std=std, seed=seed, valid_pct=valid_pct, train_items=train_items,
-                valid_items=valid_items, **more)
+    record = dict(name=str(name), classes=list(map(str, classes)), num_classes=len(classes), channels=input_shape[0],
+                  size=None if len(input_shape) == 2 else input_shape[1:], input_shape=input_shape,
+                  mean=mean, std=std, seed=seed, valid_pct=valid_pct, train_items=train_items,
+                  valid_items=valid_items, **more)
+    return json.loads(json.dumps(record))
 
 # %% ../nbs/42_folders.ipynb #4b577ca5
 def folder_record(path,              # a folder of images

@@ -377,19 +377,22 @@ def test_runs_of_plain_networks_are_used_too(model, tmp_path):
     assert abs(accuracy[0] - accuracy[1]) < 1
 
 
-def test_weights_of_a_permuted_set_know_their_permutation(tmp_path):
-    "The seed of a permutation travels with the weights."
+@pytest.mark.parametrize('options', [dict(pixels=64), dict(noise=(8, 92))], ids=lambda v: next(iter(v)))
+def test_weights_of_a_set_of_sequences_know_how_it_was_made(options):
+    "The seed of a permutation, or of noise, travels with the weights, in files of JSON."
     from flexconv.cli import evaluation_data
     from flexconv.data import as_sequences, data_sets, digits, register_data_set
     from flexconv.tensors import ToSequence
-    def pdigits(path=None, seed=0): return as_sequences(digits(path), ToSequence(pixels=64, seed=seed))
+    def pdigits(path=None, seed=0): return as_sequences(digits(path), ToSequence(seed=seed, **options))
     register_data_set(pdigits)
     try:
         trained = get_dls('pdigits', seed=3, device='cpu')
-        again = evaluation_data(trained.record, 'pdigits', None, 64, 'cpu')
+        record = json.loads(json.dumps(trained.record))
+        again = evaluation_data(record, 'pdigits', None, 64, 'cpu')
+        assert again.record['sequence'] == record['sequence'] == trained.record['sequence']
         assert torch.equal(trained.valid.one_batch()[0], again.valid.one_batch()[0])
-        with pytest.raises(ValueError, match='pdigits, the data of training; sdigits has other sequence'):
-            evaluation_data(trained.record, 'sdigits', None, 64, 'cpu')
+        with pytest.raises(ValueError, match='pdigits, the data of training; sdigits has other'):
+            evaluation_data(record, 'sdigits', None, 64, 'cpu')
     finally: del data_sets['pdigits']
 
 
