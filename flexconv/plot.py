@@ -180,7 +180,10 @@ def kernel_spectrum(layer,          # a CKConv or FlexConv
         raise ValueError(f'layer must have a grid of at least 2 positions per axis; got {layer.grid_size}')
     size = [oversample*(n-1) + 1 for n in layer.grid_size]
     grid = position_grid(size, layer.ndim, device=layer.positions().device)
-    kernel = sample(layer.kernel_network, grid)                                 # (out*in/groups, *size)
+    if layer.can_factor:              # the R of QR: as much energy at each frequency as mix @ basis, in fewer kernels
+        mix, basis = sample(layer.kernel_network, grid, factored=True)
+        kernel = torch.tensordot(torch.linalg.qr(mix, mode='r').R, basis, 1)    # (at most rank, *size)
+    else: kernel = sample(layer.kernel_network, grid)                           # (out*in/groups, *size)
     if hasattr(layer, 'mask'): kernel = kernel*sample(layer.mask, grid)
     spectrum = torch.fft.fftn(kernel, dim=tuple(range(1, layer.ndim+1)))
     energy = spectrum.abs().square().mean(0).cpu()                              # (*size)
