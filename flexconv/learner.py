@@ -66,7 +66,7 @@ class MaskAdam(OptimWrapper):
                 ):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
         super().__init__(params, opt=torch.optim.AdamW if decoupled else torch.optim.Adam, lr=lr, betas=betas, eps=eps,
-                         weight_decay=weight_decay, foreach=True)
+                         weight_decay=weight_decay, fused=True)
         self.set_hyper('wd', weight_decay)
 
     @property
