@@ -22,7 +22,7 @@ def test_notebook(notebook):
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory):
-    "The package as a wheel installs it, in a folder of its own."
+    "The environment of programs that find the package as a wheel installs it, in a folder of its own."
     source, folder = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('installed')
     for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
         shutil.copy(ROOT/name, source)
@@ -31,16 +31,16 @@ def installed(tmp_path_factory):
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel: wheel.extractall(folder)
-    return folder
+    env = os.environ | dict(PYTHONPATH=str(folder))
+    where = subprocess.run([sys.executable, '-c', 'import flexconv; print(flexconv.__file__)'], capture_output=True,
+                           text=True, env=env, cwd=tmp_path_factory.mktemp('elsewhere'))
+    assert Path(where.stdout.strip()).is_relative_to(folder), where.stdout + where.stderr
+    return env
 
 
 @pytest.mark.parametrize('notebook', TUTORIALS, ids=lambda p: p.stem)
 def test_a_tutorial_runs_from_a_wheel_in_an_empty_folder(notebook, installed, tmp_path):
     nb = Path(shutil.copy(NBS/notebook, tmp_path))
-    env = dict(PYTHONPATH=str(installed))
-    where = subprocess.run([sys.executable, '-c', 'import flexconv; print(flexconv.__file__)'], capture_output=True,
-                           text=True, env=os.environ | env, cwd=tmp_path)
-    assert Path(where.stdout.strip()).is_relative_to(installed), where.stdout + where.stderr
     done = subprocess.run(command(nb), capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | dict(MPLBACKEND='agg') | env)
+                          env=installed | dict(MPLBACKEND='agg'))
     assert done.returncode == 0, done.stdout + done.stderr
