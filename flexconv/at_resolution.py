@@ -26,7 +26,7 @@ from .core import check_int
 from .files import bare_model
 from .layers import conv_layers
 from .resolution import current_scale, set_resolution
-import flexconv.learner    # makes fit_cosine a method of Learner
+from .learner import check_schedule    # which makes fit_cosine a method of Learner
 
 # %% ../nbs/49_at_resolution.ipynb #a5bf00b0
 def resized(tfm,     # a transform of `get_dls`
@@ -46,6 +46,8 @@ def dls_at(dls,     # fastai `DataLoaders` of `get_dls`, of images in memory
             raise ValueError('dls must be of images, made by get_dls from a data set by name; '
                              'a folder of images, or sequences, are read at one size')
         dataset = copy.copy(dl.dataset)
+        if len(set(dataset.record['input_shape'][1:])) > 1:
+            raise ValueError(f'dls must be of square images; got {tuple(dataset.record["input_shape"])}')
         shape = [dataset.record['channels'], size, size]
         dataset.record = dataset.record | dict(resize=size, size=[size, size], input_shape=shape)
         return dl.new(dataset, after_batch=tfms)
@@ -84,7 +86,7 @@ def validate_at(self:Learner,
         rescale(self.model, scale*size/old)
         with same_statistics(self.model):
             if update_bn: estimate_statistics(islice(dls.train, update_bn), self.model.to(dls.device))
-            return self.validate(dl=dls.valid, **kwargs)
+            return self.validate(dl=dls[kwargs.pop('ds_idx', 1)], **kwargs)
     finally: rescale(self.model, scale)
 
 # %% ../nbs/49_at_resolution.ipynb #a37d0554
@@ -98,7 +100,7 @@ def fine_tune_at(self:Learner,
                  lr=None,     # highest learning rate; by default the Learner's
                  **kwargs):   # further arguments of `fit_cosine`
     "Go on training at another resolution."
-    epochs = check_int(epochs, 'epochs')
+    check_schedule(epochs, **kwargs)             # before anything is changed
     move_to(self, size)
     self.fit_cosine(epochs, lr, **kwargs)
 
@@ -142,6 +144,8 @@ class ProgressiveResize(Callback):
     def __init__(self,
                  stages):      # pairs (size in pixels, epochs), in order
         if not stages: raise ValueError('stages must hold at least one pair (size, epochs); got none')
+        if not all(isinstance(stage, (tuple, list)) and len(stage) == 2 for stage in stages):
+            raise ValueError(f'stages must be pairs (size, epochs); got {stages!r}')
         self.stages = [(check_int(size, 'size', minimum=2), check_int(epochs, 'epochs')) for size, epochs in stages]
 
     def size_at(self, epoch):    # counted from 0

@@ -225,6 +225,7 @@ class CIFARResNet(Classifier):
                  width=16,           # channels of the first stage
                  conv=conv3x3):      # makes a convolution from `(in_channels, out_channels, stride)`
         super().__init__()
+        in_channels = check_int(in_channels, 'in_channels')
         depth = check_int(depth, 'depth', minimum=8)
         width = check_int(width, 'width')
         if depth % 6 != 2: raise ValueError(f'depth must be 6n + 2; got {depth}')
@@ -287,7 +288,7 @@ class AllCNN(Classifier, nn.Sequential):
                  width=96,           # channels of the first two layers; the others have twice as many
                  dropout=0.5,        # probability, after each convolution with a stride
                  conv=conv3x3):      # makes a convolution from `(in_channels, out_channels, stride)`
-        width = check_int(width, 'width')
+        in_channels, width = check_int(in_channels, 'in_channels'), check_int(width, 'width')
         check_number(dropout, 'dropout', 0, 1, closed=True)
         pointwise = lambda i, o, stride: nn.Conv2d(i, o, 1)
         def block(i, o, stride=1, conv=conv):
@@ -340,6 +341,7 @@ class TCN(Classifier):
                  kernel_size=7,      # time steps of each kernel
                  dropout=0.05):      # probability, in every block, twice
         super().__init__()
+        in_channels = check_int(in_channels, 'in_channels')
         blocks = check_int(blocks, 'blocks')
         width = check_int(width, 'width')
         kernel_size = check_int(kernel_size, 'kernel_size')

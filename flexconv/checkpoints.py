@@ -21,6 +21,7 @@ from fastcore.foundation import L
 # %% ../nbs/46_checkpoints.ipynb #c3f54805
 import flexconv.tensors    # first: it keeps fastai's import quiet
 from fastai.torch_core import num_distrib, rank_distrib
+from .core import check_int
 from .files import bare_model, bare_names, state_dict_mismatch, write_atomically
 
 # %% ../nbs/46_checkpoints.ipynb #e4fd45b4
@@ -71,6 +72,8 @@ def save_checkpoint(learn,        # a `Learner` whose optimiser exists
                     epoch,        # epochs done
                     rows=()):     # what was recorded so far, a list of dicts
     "Everything needed to go on after `epoch` epochs. The checkpoint that was there becomes the previous one."
+    epoch = check_int(epoch, 'epoch', minimum=0)
+    if learn.opt is None: raise ValueError('learn must have an optimiser; learn.create_opt() makes one')
     states, file = of_all_processes(random_state(learn)), io.BytesIO()
     if rank_distrib(): return
     torch.save(dict(epoch=epoch, model=bare_model(learn.model).state_dict(), opt=as_plain_types(learn.opt.state_dict()),

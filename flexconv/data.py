@@ -352,9 +352,11 @@ def get_dls(name='digits',      # 'digits', 'mnist', 'cifar10', 'smnist', ... (s
     if size is not None: size = check_int(size, 'size', minimum=2)
     if not isinstance(name, (str, Path)) or not str(name):
         raise ValueError(f'name must be the name of a data set or a folder; got {name!r}')
+    if not isinstance(augment, (bool, type(None))): raise TypeError(f'augment must be a bool or None; got {augment!r}')
+    seed = check_int(seed, 'seed', minimum=0)
     device = torch.device(device or default_device())
     if name not in data_sets and Path(name).is_dir():
-        if max_items or path is not None:
+        if max_items is not None or path is not None:
             raise ValueError('max_items and path are for the data sets in memory, not for a folder')
         return record_dls(folder_record(name, size, valid_pct, seed, augment), name, bs, device=device, plain=plain)
     if name not in data_sets and ('/' in str(name) or isinstance(name, Path)):

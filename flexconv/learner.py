@@ -66,8 +66,9 @@ class MaskAdam(OptimWrapper):
                 ):
         self.mask_lr = check_number(mask_lr, 'mask_lr', 0, closed=True)
         super().__init__(params, opt=torch.optim.AdamW if decoupled else torch.optim.Adam, lr=lr, betas=betas, eps=eps,
-                         weight_decay=weight_decay, fused=True)
+                         weight_decay=weight_decay, foreach=True)
         self.set_hyper('wd', weight_decay)
+        if np.isscalar(lr): self.set_hyper('lr', lr)
 
     @property
     def hypers(self):
@@ -125,6 +126,7 @@ def cosine_schedule(lr,             # highest learning rate: a number, or an arr
                     final=1e-6,     # learning rate at the end
                    ):
     "Learning rate as a function of the part of the training that is done."
+    check_number(warmup, 'warmup', 0, 1, closed=True)
     if not warmup: return SchedCos(lr, final)
     return combine_scheds([warmup, 1-warmup], [SchedLin(0*lr, lr), SchedCos(lr, final)])
 
@@ -146,6 +148,15 @@ def check_rates(lr, groups):
     if len(lr) != groups: raise ValueError(f'lr must be a number or one for each of {groups} groups; got {len(lr)}')
     return [check_number(float(rate), 'lr', 0) for rate in lr]
 
+def check_schedule(epochs, warmup_epochs=None, final=1e-6, start_epoch=0, cbs=None):    # as in `fit_cosine`
+    "The epochs of linear rise; a ValueError for a schedule that makes no sense."
+    epochs = check_int(epochs, 'epochs')
+    check_number(final, 'final', 0, closed=True)
+    if check_int(start_epoch, 'start_epoch', minimum=0) >= epochs:
+        raise ValueError(f'start_epoch must lie in 0..{epochs-1}; got {start_epoch}')
+    warmup_epochs = min(5, epochs/10) if warmup_epochs is None else warmup_epochs
+    return check_number(warmup_epochs, 'warmup_epochs', 0, epochs, closed=True)
+
 # %% ../nbs/45_learner.ipynb #657c5a1d
 @patch
 def fit_cosine(self:Learner,
@@ -157,13 +168,12 @@ def fit_cosine(self:Learner,
                cbs=None,                # further callbacks
               ):
     "Train with linear warm-up and a cosine, the schedule of the paper."
-    epochs = check_int(epochs, 'epochs')
-    warmup_epochs = min(5, epochs/10) if warmup_epochs is None else warmup_epochs
-    warmup_epochs = check_number(warmup_epochs, 'warmup_epochs', 0, epochs, closed=True)
-    if not 0 <= start_epoch < epochs: raise ValueError(f'start_epoch must lie in 0..{epochs-1}; got {start_epoch}')
+    warmup_epochs = check_schedule(epochs, warmup_epochs, final, start_epoch)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', check_rates(self.lr if lr is None else lr, len(self.opt.param_lists)))
     rates = np.array([h['lr'] for h in self.opt.hypers])
+    if final > rates.max(): raise ValueError(f'final must be at most lr, {rates.max():g}; got {final:g}')
+    final = np.where(rates > 0, final, 0.)                 # what does not learn does not begin to
     schedule = ParamScheduler(dict(lr=cosine_schedule(rates, warmup_epochs/epochs, final)))
     self._do_fit = partial(fit_from, self, start_epoch)    # fastai's start_epoch runs callbacks of epochs that it skips
     try: self.fit(epochs, lr=list(rates), cbs=[schedule, *L(cbs)])

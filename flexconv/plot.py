@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 from .core import check_int
+from .correlate import no_autocast
 from .kernels import position_grid
 from .crop import crop
 from .layers import CKConv, conv_layers, require_conv_layers, sample
@@ -173,26 +174,30 @@ def show_kernel_sizes(sizes,       # `kernel_sizes(model)`, or a list of them, o
 def kernel_spectrum(layer,          # a CKConv or FlexConv
                     oversample=4,   # how much finer than its own grid
                    ):
-    """Energy of a layer's kernels over frequency: frequencies in cycles per unit of position,
-    and the share of the energy around each."""
+    """Energy of a layer's kernels over frequency: frequencies in cycles per unit of position, up to the highest along
+    an axis, and the share of the energy around each. Raises TypeError for another layer, ValueError for a grid of one
+    position."""
     oversample = check_int(oversample, 'oversample')
+    if not isinstance(layer, CKConv): raise TypeError(f'layer must be a CKConv or FlexConv; got {type(layer).__name__}')
     if min(layer.grid_size) < 2:
         raise ValueError(f'layer must have a grid of at least 2 positions per axis; got {layer.grid_size}')
     size = [oversample*(n-1) + 1 for n in layer.grid_size]
-    grid = position_grid(size, layer.ndim, device=layer.positions().device)
+    positions = layer.positions()
+    grid = position_grid(size, layer.ndim, device=positions.device, dtype=positions.dtype)
     if layer.can_factor:              # the R of QR: as much energy at each frequency as mix @ basis, in fewer kernels
         mix, basis = sample(layer.kernel_network, grid, factored=True)
-        kernel = torch.tensordot(torch.linalg.qr(mix, mode='r').R, basis, 1)    # (at most rank, *size)
+        with no_autocast(grid): kernel = torch.tensordot(torch.linalg.qr(mix, mode='r').R, basis, 1)  # (<= R, *size)
     else: kernel = sample(layer.kernel_network, grid)                           # (out*in/groups, *size)
     if hasattr(layer, 'mask'): kernel = kernel*sample(layer.mask, grid)
     spectrum = torch.fft.fftn(kernel, dim=tuple(range(1, layer.ndim+1)))
     energy = spectrum.abs().square().mean(0).cpu()                              # (*size)
     axes = [torch.fft.fftfreq(n, 2/(n-1)) for n in size]
     frequency = torch.stack(torch.meshgrid(axes, indexing='ij')).norm(dim=0)    # (*size)
-    edges = torch.arange(0, oversample*nyquist_frequency(layer.grid_size), 0.5)
-    which = torch.bucketize(frequency, edges, right=True)
-    share = torch.bincount(which.flatten(), energy.flatten(), len(edges)+1)[1:]/energy.sum()
-    return edges + 0.25, share
+    edges = torch.arange(0, oversample*nyquist_frequency(max(layer.grid_size)) + 0.5, 0.5)
+    which = torch.bucketize(frequency, edges, right=True)                       # the last: what only corners hold
+    total = energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    share = torch.bincount(which.flatten(), energy.flatten(), len(edges)+1)[1:-1]/total
+    return edges[:-1] + 0.25, share
 
 # %% ../nbs/50_plot.ipynb #662c93b1
 def show_spectra(model,             # a layer, a network, or a dict of layers by name
@@ -205,7 +210,7 @@ def show_spectra(model,             # a layer, a network, or a dict of layers by
     for name, layer in layers.items():
         freqs, share = kernel_spectrum(layer, oversample)
         ax.semilogy(freqs, share.clamp(min=1e-12), color=colors[name], label=name, lw=1.2)
-    for n in {min(layer.kernel_size) for layer in layers.values()}:
+    for n in {min(layer.grid_size) for layer in layers.values()}:
         ax.axvline(nyquist_frequency(n), color='k', ls='--', lw=1)
     ax.set(xlabel='cycles per unit of position', ylabel='share of energy', ylim=(1e-7, 1))
     legend_beside(ax)

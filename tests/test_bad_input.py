@@ -19,11 +19,11 @@ from flexconv.export import export_onnx, export_program
 from flexconv.stream import Stream
 from flexconv.flexnet import FlexTCN
 from flexconv.callbacks import AliasingLoss, KernelNorm, kernel_norm
-from flexconv.learner import flex_learner
-from flexconv.checkpoints import load_checkpoint
+from flexconv.learner import cosine_schedule, flex_learner
+from flexconv.checkpoints import load_checkpoint, save_checkpoint
 from flexconv.files import load_weights
-from flexconv.plot import show_kernel_sizes, show_kernels, show_spectra
-from flexconv.at_resolution import dls_at
+from flexconv.plot import kernel_spectrum, show_kernel_sizes, show_kernels, show_spectra
+from flexconv.at_resolution import ProgressiveResize, dls_at
 from flexconv.resolution import set_resolution
 from flexconv.results import read_runs
 
@@ -148,6 +148,23 @@ API = [
     ('runs of nowhere', lambda: read_runs('nowhere'), FileNotFoundError, ['path must be a folder', 'nowhere']),
     ('checkpoint of nowhere', lambda: load_checkpoint(flex_learner(dls), 'nowhere.pt'), FileNotFoundError,
      ['nowhere.pt']),
+    *((f'{name} of a schedule: {value!r}', lambda kw={name: value}: flex_learner(dls).fit_cosine(2, 0.01, **kw),
+       ValueError, [f'{name} must ', f'got {value!r}'])
+      for name, value in (('final', -1.), ('final', 'a'), ('start_epoch', 0.5), ('start_epoch', None),
+                          ('start_epoch', True), ('start_epoch', 2), ('warmup_epochs', 2))),
+    ('end above the start', lambda: flex_learner(dls).fit_cosine(1, 0.01, final=1.), ValueError,
+     ['final must be at most lr, 0.01', 'got 1']),
+    ('warm-up of all', lambda: cosine_schedule(0.01, 1), ValueError, ['warmup must be a number from 0 and below 1']),
+    *((f'stages {stages!r}', lambda stages=stages: ProgressiveResize(stages), ValueError, ['stages must be pairs'])
+      for stages in ([(4,)], '4x1', [4, 1])),
+    ('no optimiser', lambda: save_checkpoint(flex_learner(dls), 'nowhere/c.pt', 1), ValueError, ['have an optimiser']),
+    ('epoch of a checkpoint', lambda: save_checkpoint(flex_learner(dls), 'nowhere/c.pt', 'a'), ValueError,
+     ['epoch must be an int of at least 0', "'a'"]),
+    ('spectrum of a table', lambda: kernel_spectrum(nn.Conv2d(1, 1, 3)), TypeError, ['layer must be a', 'Conv2d']),
+    *((f'{name} of {channels!r} channels', lambda a=(name, channels): create_model(*a), ValueError,
+       ['in_channels must be an int of at least 1', repr(channels)])
+      for name in ('cifar_resnet32', 'tcn', 'njet_allcnn') for channels in (0, -1, '3', True)),
+    ('weights in a list', lambda: create_model('flexnet7', pretrained=['cifar10']), TypeError, ['pretrained must be']),
     ('weights of nowhere', lambda: load_weights(nn.Linear(2, 2), 'nowhere.safetensors'), FileNotFoundError,
      ['nowhere.safetensors does not exist']),
 ]
@@ -161,6 +178,9 @@ DATA = [
      ['valid_pct must be a number', '1.5']),
     ('items', lambda: get_dls('digits', max_items=0), ValueError, ['max_items must be an int', 'got 0']),
     ('path', lambda: get_dls('cifar10', path='/nowhere'), FileNotFoundError, ['/nowhere']),
+    ('augmentation as text', lambda: get_dls('digits', augment='no'), TypeError, ['augment must be a bool', "'no'"]),
+    ('seed as text', lambda: get_dls('digits', seed='a'), ValueError, ['seed must be an int of at least 0', "'a'"]),
+    ('seed as float', lambda: get_dls('digits', seed=1.5), ValueError, ['seed must be an int of at least 0', '1.5']),
     ('images of floats', lambda: ImageTensors(u8.float(), torch.tensor([0, 1, 2]), 'abc', 0), ValueError, ['uint8']),
     ('fewer labels than images', lambda: ImageTensors(u8, torch.tensor([0, 1]), 'abc', 0), ValueError,
      ['one length', '3', '2']),
@@ -265,6 +285,12 @@ COMMANDS = [
                             ('flexconv_export', ('run', 'out', 'hub')), ('flexconv_eval', ('run', 'data')))
       for option in options),
     ('flexconv_train', dict(valid_pct=2.), ['valid_pct must be a number', '2']),
+    ('flexconv_train', dict(target_epochs=1), ['target_epochs needs a target']),
+    ('flexconv_train', dict(progressive='5x9', epochs=9), ['progressive must leave epochs at full size', '[(5, 9)]']),
+    ('flexconv_train', dict(progressive='16x1', epochs=2), ['progressive must have sizes below 8', '[(16, 1)]']),
+    *(('flexconv_train', {name: value, 'progressive': '6x1', 'epochs': 2, 'valid_pct': 0.2},
+       [f'--{name} would compare accuracies at different sizes of images'])
+      for name, value in (('keep_best', True), ('patience', 1))),
 ]
 
 

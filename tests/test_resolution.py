@@ -10,6 +10,7 @@ from flexconv.layers import CKConv1d, CKConv2d, CKConv3d, FlexConv1d, FlexConv2d
 from flexconv.callbacks import AliasingLoss
 from flexconv.learner import flex_learner, model_for
 from flexconv.files import read_csv
+from flexconv.plot import kernel_spectrum, show_spectra
 from flexconv.runs import load_run
 from fastai.callback.core import Callback
 from flexconv.at_resolution import ProgressiveResize, dls_at, resize_images, resolution_table
@@ -269,3 +270,40 @@ def test_a_run_on_small_images_first_is_evaluated_at_full_size(tmp_path):
 def test_small_images_first_is_not_for_sequences(tmp_path):
     err = run('flexconv_train', '--data', 'sdigits', '--progressive', '4x1', code=2, cwd=tmp_path).stderr
     assert 'progressive is for images; sdigits has sequences' in err and not any(tmp_path.iterdir())
+
+
+def test_a_call_that_is_refused_leaves_the_learner_as_it_was():
+    learn = flex_learner(get_dls('digits', max_items=64, bs=32), create_model('flexnet3', 1, width=4, kernel_size=9))
+    with pytest.raises(ValueError, match='warmup_epochs must be a number from 0 and below 1; got 5'):
+        learn.fine_tune_at(12, 1, warmup_epochs=5)
+    assert learn.dls.one_batch()[0].shape[-1] == 8 and learn.model.stem.scale == 1
+
+
+def test_validation_at_a_size_of_the_set_that_was_asked_for():
+    learn = flex_learner(get_dls('digits', max_items=64, bs=32), create_model('flexnet3', 1, width=4, kernel_size=9))
+    learn.validate = lambda dl, **kwargs: len(dl.dataset)
+    assert (learn.validate_at(12), learn.validate_at(12, ds_idx=0)) == (360, 64)
+
+
+def test_images_that_are_no_squares_have_no_other_size():
+    dls = get_dls('digits', max_items=64)
+    for dl in dls.loaders: dl.dataset.record = dl.dataset.record | dict(input_shape=[1, 8, 16])
+    with pytest.raises(ValueError, match=r'dls must be of square images; got \(1, 8, 16\)'): dls_at(dls, 12)
+
+
+def test_spectra_of_layers_of_every_kind():
+    "Up to the highest frequency of an axis, in the precision of the layer, in autocast too; lines where grids end."
+    torch.manual_seed(0)
+    freqs, share = kernel_spectrum(FlexConv2d(2, 2, (5, 65)))
+    assert freqs[-1] == 63.75 and share.sum() == pytest.approx(1, abs=1e-3) and share[-1] < 1e-4
+    layer = FlexConv2d(3, 4, 17, kernel='siren')
+    want = kernel_spectrum(layer)[1]
+    with torch.autocast('cpu', dtype=torch.bfloat16): found = kernel_spectrum(layer)[1]
+    assert torch.equal(found, want)
+    precise = kernel_spectrum(layer.double())[1]
+    assert precise.dtype == torch.float64 and torch.allclose(precise.float(), want, atol=1e-5)
+    for p in layer.kernel_network.parameters(): nn.init.zeros_(p)
+    assert not kernel_spectrum(layer)[1].any()
+    finer = FlexConv2d(3, 4, 17)
+    set_resolution(finer, 2)
+    assert [line.get_xdata()[0] for line in show_spectra(finer).lines[1:]] == [8.0]
