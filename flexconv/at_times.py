@@ -14,19 +14,24 @@ from .irregular import check_present, check_times, take
 from .layers import CausalConv1d, require_conv_layers
 
 # %% ../nbs/26_at_times.ipynb #e12cc8ad
+tables = nn.Conv1d, nn.Conv2d, nn.Conv3d, CausalConv1d
+resampling = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d,
+              nn.Upsample)
+
 def check_layers(model):
     "The CKConv and FlexConv layers of a network that can be given times; a ValueError names what cannot."
     layers = require_conv_layers(model, ' of one axis')
     for name, m in model.named_modules():
-        tables = nn.Conv1d, nn.Conv2d, nn.Conv3d, CausalConv1d
         inside = any(name.startswith(f'{layer}.') for layer in layers)
-        if isinstance(m, tables) and not inside and any(k > 1 for k in m.kernel_size):
-            raise ValueError('model must have no other convolutions over time than CKConv1d and FlexConv1d; '
+        if not inside and (isinstance(m, resampling) or isinstance(m, tables) and {*m.kernel_size, *m.stride} != {1}):
+            raise ValueError('model must have no other convolutions or pooling over time than CKConv1d and FlexConv1d; '
                              f'{name} is {m}')
     for name, layer in layers.items():
         if layer.ndim != 1 or layer.stride != (1,):
             raise ValueError(f'model must have layers of one axis, of stride 1; {name or "it"} is {layer.ndim}d, '
                              f'of stride {layer.stride}')
+        if not hasattr(layer, 'convolve_at'):
+            raise ValueError(f'model must have CKConv1d and FlexConv1d layers; {name or "it"} is {layer}')
     return list(layers.values())
 
 # %% ../nbs/26_at_times.ipynb #8862aaa5
@@ -56,19 +61,28 @@ def by_time(batch, length, device,
 
 # %% ../nbs/26_at_times.ipynb #348aff38
 @contextmanager
-def features_in(model,    # with `blocks`, whose output is the features
+def features_in(model,    # a `Classifier`
                 order):   # of `by_time`
-    "Within this context the head gets the features of calls from this thread in this order."
+    "Within this context `forward_head` pools what it gets from this thread in this order."
     here = threading.get_ident()
-    def sort(blocks, args, features): return take(features, order) if threading.get_ident() == here else None
-    handle = model.blocks.register_forward_hook(sort)
+    if model.feature_orders is None: model.feature_orders = {}
+    before = model.feature_orders.get(here)
+    model.feature_orders[here] = order
     try: yield
-    finally: handle.remove()
+    finally:
+        if before is None: del model.feature_orders[here]
+        else: model.feature_orders[here] = before
+
+def in_time(features,    # `(B, C, L)`
+            orders):     # of `features_in`, by thread
+    "The features in the order for this thread, if it has one."
+    order = orders.get(threading.get_ident())
+    return features if order is None else take(features, order)
 
 # %% ../nbs/26_at_times.ipynb #f05b1aeb
 class AtTimes(nn.Module):
     """A network of CKConv1d and FlexConv1d layers that is told the times of its samples: `net(x, t, present)`. Raises
-    ValueError for a network with other convolutions over time."""
+    ValueError for a network with other convolutions or pooling over time."""
     def __init__(self,
                  model):    # takes sequences `(B, C, L)`; all but its continuous layers act on each time step alone
         super().__init__()
@@ -80,7 +94,12 @@ class AtTimes(nn.Module):
                 t=None,          # times in steps of the grid, `(L,)` or `(B, L)`, in any order; by default 0, 1, 2, ...
                 present=None):   # `(L,)` or `(B, L)`, bool: False where a sample is missing
         """The output of the network for `x`, with every layer at these times. A network that scores its last time step,
-        as `FlexTCN` does, scores the latest sample that is present; a mean over time is over all samples."""
+        as `FlexTCN` does, scores the latest sample that is present; a mean over time is over all samples. A part that
+        is computed again in the backward pass (`torch.utils.checkpoint`) is not told the times: put the `AtTimes`
+        inside it."""
+        if not isinstance(x, torch.Tensor) or x.ndim != 3:
+            found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f'x must be a tensor of shape (B, C, L); got {found}')
         given = {name: v for name, v in dict(t=t, present=present).items() if v is not None}
         if present is not None: x = x.masked_fill(~check_present(present, len(x), x.shape[2:])[:, None], 0)
         with ExitStack() as stack:
@@ -88,5 +107,5 @@ class AtTimes(nn.Module):
             if given:
                 order = by_time(*x.shape[::2], x.device, **given)
                 for m in self.model.modules():
-                    if hasattr(m, 'forward_head'): stack.enter_context(features_in(m, order))
+                    if hasattr(m, 'feature_orders'): stack.enter_context(features_in(m, order))
             return self.model(x)

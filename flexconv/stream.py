@@ -122,6 +122,12 @@ def forget(model):
         if isinstance(module, (StreamingConv1d, TimedConv1d)): module.past = None
 
 # %% ../nbs/36_stream.ipynb #165ab644
+def tensors_in(output):    # of a module
+    "The tensors of an output, a list: it may be one, or hold several in tuples, lists and dicts."
+    if isinstance(output, torch.Tensor): return [output]
+    if isinstance(output, dict): output = list(output.values())
+    return [t for part in output for t in tensors_in(part)] if isinstance(output, (tuple, list)) else []
+
 def layer_outputs(model, x):
     """The outputs of all modules of a model for the input `x`, `[(name, output), ...]`, the first to finish first.
     Raises ValueError, with the name of the layer, where one fails."""
@@ -130,8 +136,7 @@ def layer_outputs(model, x):
         def begin(module, args): running.append(name or type(model).__name__)
         def end(module, args, output):
             running.pop()
-            if isinstance(output, tuple): output = output[0]    # of attention and recurrent networks
-            if isinstance(output, torch.Tensor): outputs.append((name, output))
+            outputs.extend((name, t) for t in tensors_in(output))
         return begin, end
     handles = []
     within = tuple(f'{name}.'.removeprefix('.') for name, m in model.named_modules() if isinstance(m, TimedConv1d))
@@ -179,11 +184,14 @@ def check_local_layers(model):    # with streaming convolutions
     """Raises ValueError, with the name of the layer, where another layer than those convolutions looks across time, as
     far as 2,048 samples tell; 256 where the layers take times, and compare each sample with each."""
     timed = any(isinstance(m, TimedConv1d) for m in model.modules())
+    if all(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model = copy.deepcopy(model).float()                    # where rounding hides nothing
     x = random_sequence(model, 256 if timed else 2048)
     forget(model)
     whole = layer_outputs(model, x)
     forget(model)
-    try: parts = [layer_outputs(model, chunk) for chunk in x.split([1, 12, 19, x.shape[-1] - 32], -1)]
+    # the last chunk is short: a mean or maximum of it is not that of the sequence
+    try: parts = [layer_outputs(model, chunk) for chunk in x.split([1, 12, x.shape[-1] - 16, 3], -1)]
     except ValueError as e: raise ValueError(f'model must take chunks of any length; {e}') from e
     finally: forget(model)
     for (name, output), *chunks in zip(whole, *parts):
@@ -219,6 +227,8 @@ class Stream:
         rows = max(len(before), len(t))
         rising = torch.cat([before.expand(rows, -1), t.expand(rows, -1)], 1)
         if (rising.diff() < 0).any(): raise ValueError('t must rise, also from one chunk to the next; it falls')
+        if self.last is not None and (t[:, :1] == before).any():
+            raise ValueError('t must begin after the last sample of the chunk before; it begins with it')
         return t
 
     @torch.no_grad()
@@ -227,7 +237,12 @@ class Stream:
                  t=None,    # with times=True: rising times in steps of the grid, (L,) or (B, L); else the next steps
                  present=None):    # with times=True: (L,) or (B, L), bool: False where a sample is missing
         """The output of the network for these samples. A network that scores its last time step scores the latest
-        sample that is present in this chunk, or the last time step of a chunk without any."""
+        sample that is present in this chunk, or the last time step of a chunk without any. Raises TypeError for what
+        is no tensor of floats, or a `present` that is not bool, and ValueError for other shapes and for times that do
+        not rise, from one chunk to the next strictly: samples of one time see each other, so they come together."""
+        if not isinstance(chunk, torch.Tensor) or not chunk.is_floating_point():
+            found = chunk.dtype if isinstance(chunk, torch.Tensor) else type(chunk).__name__
+            raise TypeError(f'chunk must be a tensor of floats; got {found}')
         if chunk.ndim != 3 or not chunk.shape[-1]:
             raise ValueError(f'chunk must have shape (B, C, L) with L at least 1; got {tuple(chunk.shape)}')
         if self.shape not in (None, chunk.shape[:2]):
@@ -242,12 +257,17 @@ class Stream:
             if not self.times: raise ValueError('present is for streams made with times=True')
             here = check_present(present, len(chunk), chunk.shape[2:])
             chunk = chunk.masked_fill(~here[:, None], 0)
+        layers = [m for m in self.model.modules() if isinstance(m, (StreamingConv1d, TimedConv1d))]
+        before = [m.past for m in layers]
         with ExitStack() as stack:
             for module in self.model.modules():
                 if isinstance(module, TimedConv1d): module.now, module.here = t, here
-                if present is not None and hasattr(module, 'forward_head'):
+                if present is not None and hasattr(module, 'feature_orders'):
                     order = by_time(*chunk.shape[::2], chunk.device, present=present)
                     stack.enter_context(features_in(module, order))
-            y = self.model(chunk)
+            try: y = self.model(chunk)
+            except BaseException:                                            # as if the chunk had never come
+                for m, past in zip(layers, before): m.past = past
+                raise
         self.shape, self.last = chunk.shape[:2], None if t is None else t[:, -1:]
         return y

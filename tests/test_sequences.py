@@ -2,7 +2,9 @@
 import pytest, torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
+from flexconv.at_times import AtTimes
 from flexconv.export import bake
+from flexconv.baselines import NJetConv1d
 from flexconv.registry import create_model, list_models
 from flexconv.layers import kernel_sizes
 from flexconv.layers import FlexConv1d
@@ -111,3 +113,92 @@ class Echo(nn.Module):
 def test_layers_that_look_far_back_are_refused(lag):
     net = nn.Sequential(FlexConv1d(1, 4, 17, causal=True), Echo(lag), nn.Conv1d(4, 2, 1)).eval()
     with pytest.raises(ValueError, match='must act on each time step alone'): Stream(net)
+
+
+class Pooled(nn.Module):
+    "A causal convolution, and something about the whole sequence."
+    def __init__(self, pool, form=lambda y, pooled: pooled):
+        super().__init__()
+        self.conv, self.pool, self.form = FlexConv1d(1, 8, 33, causal=True, size=9), pool, form
+    def forward(self, x):
+        y = self.conv(x)
+        return self.form(y, self.pool(y))
+
+
+@pytest.mark.parametrize('times', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('pool', [lambda y: y.amax(-1), lambda y: y.mean(-1), lambda y: y.abs().mean(-1)])
+def test_pooling_over_time_is_refused(pool, dtype, times):
+    with pytest.raises(ValueError, match='must act on each time step alone'): Stream(Pooled(pool).to(dtype), times)
+
+
+@pytest.mark.parametrize('form', [lambda y, pooled: (y, pooled), lambda y, pooled: [pooled],
+                                  lambda y, pooled: dict(y=y, mean=pooled)], ids=['tuple', 'list', 'dict'])
+def test_pooling_is_found_in_every_output(form):
+    with pytest.raises(ValueError, match='must act on each time step alone'): Stream(Pooled(lambda y: y.mean(-1), form))
+
+
+@pytest.mark.parametrize('times', [False, True])
+@torch.no_grad()
+def test_a_chunk_that_fails_changes_nothing(times):
+    net, x = create_model('flextcn2', 1, kernel_size=40, width=8).eval(), torch.randn(2, 1, 60)
+    stream = Stream(net, times)
+    with pytest.raises((RuntimeError, ValueError)): stream(torch.randn(2, 3, 5))       # channels
+    stream(x[..., :20])
+    if not times:                                                                      # which casts it
+        with pytest.raises(RuntimeError): stream(x[..., 20:].double())
+    with pytest.raises(TypeError, match='chunk must be a tensor of floats; got ndarray'): stream(x[..., 20:].numpy())
+    with pytest.raises(TypeError, match='chunk must be a tensor of floats; got torch.int64'): stream(x[..., 20:].long())
+    torch.testing.assert_close(stream(x[..., 20:]), net(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_samples_of_one_time_come_in_one_chunk():
+    "Each sees the other, which a stream that has answered already cannot make up for."
+    net, x, t = FlexConv1d(1, 4, 33, causal=True, size=9), torch.randn(1, 1, 6), torch.tensor([0, 1, 2, 2, 3, 4])
+    stream = Stream(net, times=True)
+    want = AtTimes(net)(x, t)
+    torch.testing.assert_close(stream(x, t), want)
+    stream.reset()
+    with pytest.raises(ValueError, match='t must begin after the last sample of the chunk before'):
+        for part, when in zip(x.split(3, -1), t.split(3)): stream(part, when)
+    stream.reset()
+    parts = [stream(part, when) for part, when in zip(x.split([2, 4], -1), t.split([2, 4]))]
+    torch.testing.assert_close(torch.cat(parts, -1), want)
+
+
+class Tagger(nn.Module):
+    "Scores of each sample, from the features of a network that scores a sequence; `last`: those of the network itself."
+    def __init__(self, last=False):
+        super().__init__()
+        self.tcn, self.head, self.last = create_model('flextcn2', 1, kernel_size=33, width=8), nn.Conv1d(8, 3, 1), last
+    def forward(self, x):
+        features = self.tcn.forward_features(x)
+        return self.tcn.forward_head(features) if self.last else self.head(features)
+
+
+@pytest.mark.parametrize('last', [False, True])
+@torch.no_grad()
+def test_outputs_are_in_the_order_of_the_samples(last):
+    "Whatever the order of their times; scores of the sequence do not depend on it."
+    torch.manual_seed(0)
+    net, x, order = Tagger(last).eval(), torch.randn(2, 1, 8), torch.tensor([3, 0, 7, 1, 2, 6, 5, 4])
+    t, present = torch.arange(8.), torch.tensor([True, True, True, False, True, True, True, True])
+    want = AtTimes(net)(x, t, present)
+    other = AtTimes(net)(x[..., order], t[order], present[order])
+    torch.testing.assert_close(other, want if last else want[..., order])
+    torch.testing.assert_close(Stream(net, times=True)(x, t, present), want)
+    if not last: torch.testing.assert_close(want[..., 0], net(x[..., :1])[..., 0], rtol=1e-4, atol=1e-5)
+    assert net.tcn.feature_orders == {}
+
+
+@pytest.mark.parametrize('layer', [nn.ConvTranspose1d(4, 4, 3, padding=1), nn.MaxPool1d(2), NJetConv1d(4, 4),
+                                   nn.Conv1d(4, 4, 1, stride=2)], ids=lambda layer: type(layer).__name__)
+def test_layers_that_cannot_be_told_the_times(layer):
+    with pytest.raises(ValueError, match='^model must have'): AtTimes(nn.Sequential(FlexConv1d(1, 4, 33), layer))
+
+
+@pytest.mark.parametrize('x,found', [(torch.randn(1, 12), r'\(1, 12\)'), (None, 'NoneType')])
+def test_times_are_for_batches_of_sequences(x, found):
+    net = AtTimes(FlexConv1d(1, 4, 33))
+    with pytest.raises(ValueError, match=rf'x must be a tensor of shape \(B, C, L\); got {found}'): net(x)
