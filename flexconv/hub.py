@@ -8,6 +8,7 @@ __all__ = ['save_hub', 'from_pretrained']
 # %% ../nbs/38_hub.ipynb #9aa29578
 import json
 from pathlib import Path
+from .core import check_choice
 from .files import output_path, read_weights, save_weights, write_atomically
 from .layers import conv_layers
 from .resolution import current_scale
@@ -50,15 +51,26 @@ def card_text(about, name):
 
 # %% ../nbs/38_hub.ipynb #7925d09b
 def as_it_is(about, model):
-    "The description of trained weights, for a network that has got another head or resolution since."
-    if lacking := [name for name in ('model', 'in_channels', 'num_classes') if name not in about]:
+    """The description of trained weights, for a network that has got another head or resolution, or was made with
+    other channels and options."""
+    lacking = [name for name in ('model', 'in_channels', 'num_classes') if name not in (about or {})]
+    if lacking:
         raise ValueError(f'about must be what trained weights say of themselves, as pretrained_cfg; it lacks {lacking}')
+    config = dict(getattr(model, 'config', None) or {})
+    if config.pop('name', about['model']) != about['model']:
+        raise ValueError(f'about must be of this model, {model.config["name"]}; got that of {about["model"]}')
+    check_choice(about['model'], model_registry, 'model of about')
     classes = getattr(model, 'num_classes', about['num_classes'])
     if not classes: raise ValueError('model must have a head; reset_classifier(num_classes) makes one')
     data = about.get('data', {})
     if len(data.get('classes', range(classes))) != classes:
         data = {name: value for name, value in data.items() if name not in ('classes', 'num_classes')}
-    return about | dict(num_classes=classes, data=data, scale=current_scale(model) if conv_layers(model) else 1.)
+    channels = config.pop('in_channels', about['in_channels'])
+    if channels != about['in_channels']:                                     # the data's statistics are of others
+        data = {name: value for name, value in data.items() if name not in ('input_shape', 'mean', 'std')}
+    config.pop('num_classes', None)
+    return about | dict(in_channels=channels, num_classes=classes, options=config or about.get('options', {}),
+                        data=data, scale=current_scale(model) if conv_layers(model) else 1.)
 
 # %% ../nbs/38_hub.ipynb #27c1c226
 def save_hub(model,      # a network
@@ -96,8 +108,8 @@ def read_hub_config(folder, strict=True):
 def from_pretrained(folder,              # written by `save_hub`, or by `flexconv_export --hub`
                     num_classes=None,    # by default as trained; others: a new, untrained head; 0: no head
                     **kwargs):           # further arguments of the network, which replace those of `config.json`
-    """The trained network of a folder in the form of the Hugging Face Hub. Raises ValueError for a folder of something
-    else and for damaged weights."""
+    """The trained network of a folder in the form of the Hugging Face Hub. Raises FileNotFoundError where
+    `config.json` or the weights are missing, ValueError for a folder of something else and for damaged weights."""
     about = read_hub_config(folder)
     about['model'] = about['architecture']
     weights, _ = read_weights(Path(folder)/'model.safetensors')

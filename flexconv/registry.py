@@ -9,6 +9,7 @@ __all__ = ['register_model', 'list_models', 'create_model', 'Classifier', 'Featu
 import hashlib
 import inspect
 import json
+import os
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.fx
 from torch import nn
 from . import files
+from .at_times import in_time
 from .core import check_choice, check_dtype, check_int, check_number
 from .files import bare_names, read_weights, state_dict_mismatch
 
@@ -130,6 +132,7 @@ class Classifier(nn.Module):
     A subclass has `blocks`, an `nn.Sequential`, and calls `set_head` when all else is made."""
     head_name = 'head'           # of the layer that gives the scores
     block_prefix = 'blocks.'     # of the names of the blocks
+    feature_orders = None        # by thread: samples as time goes by, where `AtTimes` is told their times
 
     def __init__(self, *modules):    # those of an `nn.Sequential`, where a subclass is one too
         super().__init__(*modules)
@@ -166,6 +169,7 @@ class Classifier(nn.Module):
     def forward_head(self, x,             # of `forward_features`
                      pre_logits=False):   # True: what goes into the head, `(B, num_features)`
         "Scores `(B, num_classes)` from the last feature map."
+        if self.feature_orders: x = in_time(x, self.feature_orders)
         x = self.pool(x)
         return x if pre_logits else self.get_classifier()(x)
 
@@ -240,8 +244,8 @@ class FeatureMaps(nn.Module):
                  model,                # a `Classifier`; its head is taken off
                  out_indices=None):    # which feature maps, as `indices` of `forward_intermediates`; by default all
         super().__init__()
-        model.reset_classifier(0)
         self.out_indices = which_blocks(out_indices, len(model.feature_info), 'out_indices')
+        model.reset_classifier(0)
         self.model, self.config = model, getattr(model, 'config', None)
         self.feature_info = FeatureInfo(model.feature_info[i] for i in self.out_indices)
 
@@ -261,6 +265,8 @@ def find_weights(model,      # name of a model
     shipped = {name.partition('.')[2]: path for name, path in shipped_weights().items()
                if name.partition('.')[0] == model}
     if source is True and len(shipped) == 1: return next(iter(shipped.values()))
+    if not isinstance(source, (bool, str, os.PathLike)):
+        raise TypeError(f'pretrained must be a name, a path, a URL or True; got {source!r}')
     if source in shipped: return shipped[source]
     if str(source).startswith(('http://', 'https://')): return download_weights(str(source))
     path = Path(str(source))
@@ -287,9 +293,24 @@ def download_weights(url):
     return path
 
 # %% ../nbs/31_registry.ipynb #d5777026
-def for_channels(weights, state,        # tensors by name: trained, and of the model
+def check_adaptable(model, names,          # of the tensors that depend on the channels of the input
+                    channels, trained):    # as in `for_channels`
+    "A ValueError where these channels do more than enter ordinary convolutions."
+    def depthwise(m): return m.in_channels == m.out_channels == m.groups == channels
+    convs = {f'{name}.': m for name, m in model.named_modules() if hasattr(m, 'in_channels') and hasattr(m, 'groups')}
+    for name in names:
+        found = [m for prefix, m in convs.items() if name.startswith(prefix)]
+        if any(map(depthwise, found)): why = 'is of a depthwise convolution'
+        elif name.endswith(('.original0', '.original1', '.weight_g', '.weight_v')): why = 'is normalised'
+        else: continue
+        raise ValueError(f'in_channels must be {trained}, that of the trained weights, since {name} {why}; '
+                         f'got {channels}')
+
+def for_channels(weights, model,
                  channels, trained):    # channels of the input: the model's, and those of the weights
-    "Trained weights for other channels of the input: added up for one, repeated and scaled for several."
+    """Trained weights for other channels of the input: added up for one, repeated and scaled for several. A ValueError
+    where such a network would not compute the same of the same image in all channels."""
+    state = model.state_dict()
     def adapted(w, like):
         differ = [i for i, (a, b) in enumerate(zip(w.shape, like.shape)) if a != b]
         if len(differ) != 1 or w.ndim != like.ndim: return w
@@ -299,7 +320,9 @@ def for_channels(weights, state,        # tensors by name: trained, and of the m
         if channels == 1: w = w.sum(i+1, keepdim=True)
         else: w = w.index_select(i+1, torch.arange(channels) % trained)*(trained/channels)
         return w.flatten(i, i+1)
-    return {name: adapted(w, state[name]) if name in state else w for name, w in weights.items()}
+    new = {name: adapted(w, state[name]) if name in state else w for name, w in weights.items()}
+    check_adaptable(model, [name for name, w in new.items() if w is not weights[name]], channels, trained)
+    return new
 
 # %% ../nbs/31_registry.ipynb #b43c9b49
 def load_pretrained(model, weights,
@@ -308,7 +331,7 @@ def load_pretrained(model, weights,
     "Load trained weights into a model, adapted to its input channels. A ValueError names what does not fit."
     state = model.state_dict()
     weights = bare_names(weights, model)
-    if channels[0] != channels[1]: weights = for_channels(weights, state, *channels)
+    if channels[0] != channels[1]: weights = for_channels(weights, model, *channels)
     head = getattr(model, 'head_name', 'head') + '.'
     if new_head: weights = {name: state[name] if name.startswith(head) else value for name, value in weights.items()}
     if differ := state_dict_mismatch(model, weights):

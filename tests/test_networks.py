@@ -9,7 +9,7 @@ from flexconv.files import flip_bit
 from flexconv.kernels import position_grid
 from flexconv.layers import conv_layers
 from flexconv.learner import model_for
-from flexconv.registry import Classifier, create_model, list_models, model_registry
+from flexconv.registry import Classifier, FeatureMaps, create_model, list_models, model_registry
 from flexconv.runs import load_run
 from flexconv.successors import SMPConv2d
 from flexconv.testing import test_conv_layer
@@ -257,6 +257,12 @@ def test_timm_makes_our_networks():
     config = timm.models.PretrainedCfg(tag='pmnist')                     # one of several trained versions
     told = timm.create_model('flextcn2', pretrained=True, pretrained_cfg=config)
     assert told.pretrained_cfg['data']['name'] == 'pmnist'
+
+
+def test_feature_maps_that_do_not_exist_leave_the_network_its_head():
+    net = create_model('flexnet3', width=4)
+    with pytest.raises(ValueError, match='out_indices must be ints from -3 to 2'): FeatureMaps(net, (9,))
+    assert net.get_classifier().out_features == 10
 
 
 def test_feature_info_is_asked_for_by_number_as_in_timm():

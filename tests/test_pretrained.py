@@ -87,6 +87,20 @@ def test_only_the_first_layer_adapts_to_other_channels():
     assert net.config['in_channels'] == 4
 
 
+@pytest.mark.parametrize('name,options,why', [
+    ('ccnn4_140', dict(width=8, kernel_size=9), r'stem\.0\.bias is of a depthwise convolution'),
+    ('tcn', dict(width=4, blocks=2), 'original1 is normalised'),
+    ('cktcn', dict(width=4, kernel_size=20), 'weight_g is normalised')], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('channels', [1, 6])
+def test_weights_that_do_not_adapt_to_other_channels(name, options, why, channels, tmp_path):
+    file = tmp_path/'weights.safetensors'
+    about = dict(model=name, in_channels=3, num_classes=4, options=options)
+    save_weights(create_model(name, 3, 4, **options), file, about)
+    with pytest.raises(ValueError, match=f'in_channels must be 3, that of the trained weights, since .*{why}; got'):
+        create_model(name, channels, pretrained=file)
+    assert create_model(name, pretrained=file).config['in_channels'] == 3
+
+
 def test_a_name_with_weights_made_without_them():
     assert not hasattr(create_model('flexnet7.cifar10', pretrained=False), 'pretrained_cfg')
 
@@ -177,6 +191,28 @@ def test_a_folder_for_the_hub_holds_the_network_as_it_is(tmp_path):
     with torch.no_grad(): assert torch.allclose(again(x), net(x), atol=1e-6) and again(x).shape == (2, 5)
     net.reset_classifier(0)
     with pytest.raises(ValueError, match='model must have a head'): save_hub(net, tmp_path/'none', about)
+
+
+@pytest.mark.parametrize('kw', [dict(threshold=0.4), dict(in_channels=2), dict(width=8, pretrained=False)],
+                         ids=lambda kw: next(iter(kw)))
+@torch.no_grad()
+def test_a_folder_for_the_hub_has_the_options_that_were_typed(kw, tmp_path):
+    "Not only those of the weights that it started from."
+    about = create_model('flextcn2.smnist').pretrained_cfg
+    net = create_model('flextcn2.smnist', **dict(kernel_size=784) | kw).eval()
+    again = from_pretrained(save_hub(net, tmp_path/'net', about)).eval()
+    x = torch.randn(2, net.config['in_channels'], 50)
+    assert torch.equal(again(x), net(x))
+    shown = (tmp_path/'net/README.md').read_text()
+    assert ('mean' in shown) == (net.config['in_channels'] == 1)       # of data with other channels it would be wrong
+
+
+@pytest.mark.parametrize('about,words', [(None, 'about must be what trained weights say'),
+                                         (dict(model='mine', in_channels=1, num_classes=10), 'about must be of this'),
+                                         (dict(model='tcn', in_channels=1, num_classes=10), 'about must be of this')])
+def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(about, words, tmp_path):
+    with pytest.raises(ValueError, match=words): save_hub(create_model('flextcn2', 1, width=4), tmp_path/'net', about)
+    assert not (tmp_path/'net').exists()
 
 
 def test_timm_takes_weights_of_ones_own(tmp_path):
