@@ -48,7 +48,7 @@ from .callbacks import AliasingLoss, KernelNorm, NonFiniteLoss, kernel_norm
 from .runs import RunRecorder, about_run, best_epoch, is_late, load_run, model_options, read_json, size_text
 from .learner import MaskAdam, flex_learner, model_for
 from .checkpoints import backup_path, load_checkpoint
-from .files import load_weights, output_path, read_csv, save_weights, write_atomically, write_csv
+from .files import bare_model, load_weights, output_path, read_csv, save_weights, write_atomically, write_csv
 from .distributed import all_processes, broadcast_from_rank0, leave_processes, use_this_device
 from .at_resolution import ProgressiveResize, dls_at, image_height, move_to, resolution_table
 from .resolution import current_scale, set_resolution
@@ -80,7 +80,8 @@ def user_errors(f):
             if category is RuntimeWarning: say(message)
             else: show(message, category, *a, **k)
         try:
-            if empty := [name for name, value in kwargs.items() if value == '']:
+            is_empty = lambda value: value == '' or isinstance(value, (list, tuple)) and '' in value
+            if empty := [name for name, value in kwargs.items() if is_empty(value)]:
                 raise ValueError(f"{empty[0]} must not be empty; got ''")
             with warnings.catch_warnings():
                 show, warnings.showwarning = warnings.showwarning, show_warning
@@ -237,8 +238,11 @@ class StopEarly(Callback):
         if broadcast_from_rank0(lambda: is_late(rows, self.patience)): raise CancelFitException
 
 def check_choosing(cfg, record):
-    "A ValueError where something would be chosen on a test set."
+    "A ValueError where something would be chosen on a test set, or among epochs that cannot be compared."
     asked = [f'--{name}' for name in ('keep_best', 'patience') if cfg[name]]
+    if asked and cfg['progressive']:
+        raise ValueError(f'{" and ".join(asked)} would compare accuracies at different sizes of images; '
+                         'leave out --progressive')
     if asked and validates_on_test_set(record):
         raise ValueError(f'{" and ".join(asked)} would choose on the test set of {cfg["data"]}; '
                          'give --valid_pct to hold out a part of the training set, or a folder with valid/')
@@ -307,7 +311,9 @@ def run_facts(learn):
     device, layers = learn.dls.device, [*conv_layers(learn.model).values()]
     sigma = next((m.mask.sigma.tolist() for m in layers[:1] if hasattr(m, 'mask')), None)
     machine = f'{device} ({platform.machine()}, {torch.get_num_threads()} threads)'
-    return dict(initial=dict(kernel_size=layers[0].kernel_size if layers else None, sigma=sigma),
+    size = layers[0].kernel_size if layers else None           # that of the option, which some models give in pixels
+    if size and (asked := getattr(bare_model(learn.model), 'config', {}).get('kernel_size')): size = [asked]*len(size)
+    return dict(initial=dict(kernel_size=size, sigma=sigma),
                 parameters=sum(p.numel() for p in learn.model.parameters()),
                 train_items=len(learn.dls.train_ds), valid_items=len(learn.dls.valid_ds),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else machine,
@@ -354,6 +360,15 @@ def say(*args):
     "`print`, in the first of several processes."
     if not rank_distrib(): print(*args, flush=True)
 
+def check_stages(stages,    # of `parse_stages`
+                 epochs,    # of the training
+                 full):     # width of the images, in pixels
+    "A ValueError where the last epoch would not be at full size, or a stage is not smaller."
+    if sum(n for _, n in stages) >= epochs:
+        raise ValueError(f'progressive must leave epochs at full size; {stages} takes all of {epochs}')
+    if any(size >= full for size, _ in stages):
+        raise ValueError(f'progressive must have sizes below {full}, that of the images; got {stages}')
+
 def train(learn,              # of `make_learner`
           cfg,                # its configuration
           folder,             # run folder
@@ -380,7 +395,8 @@ def train(learn,              # of `make_learner`
     say(f'{cfg["model"]} ({facts["parameters"]:,} parameters) on {cfg["data"]} ({facts["train_items"]:,} + '
         f'{facts["valid_items"]:,} items, {", ".join(map(str, learn.dls.vocab))}) on {facts["device"]}, '
         f'{cfg["epochs"]} epochs -> {folder}')
-    if cfg['patience'] and is_late(rows, cfg['patience']): say('stopped early before')
+    late = cfg['patience'] and is_late(rows, cfg['patience'])
+    if late: say('stopped early before')
     elif start < cfg['epochs']:
         recorder = RunRecorder(folder, rows, cfg['keep_best'])
         with plain_log(learn), all_processes(learn, reseed=not start):
@@ -391,7 +407,8 @@ def train(learn,              # of `make_learner`
     if not rank_distrib(): draw(learn, folder)
     if cfg['target'] or cfg['test_sizes']:
         say_table(resolution_table(learn, cfg['test_sizes'] or [image_height(learn.dls), cfg['target']]), folder)
-    if cfg['target']: train_at_target(learn, cfg, folder, resume)
+    if cfg['target']:                           # anew where the network has been trained since
+        train_at_target(learn, cfg, folder, resume and bool(late or start >= cfg['epochs']))
 
 # %% ../nbs/61_cli.ipynb #40b12d18
 def say_table(rows, folder):
@@ -406,7 +423,7 @@ def train_at_target(learn, cfg, folder, resume):
     layers, size = list(conv_layers(learn.model).values()), image_height(learn.dls)
     sub = cfg | dict(size=cfg['target'], scale=cfg['scale']*cfg['target']/size, epochs=cfg['target_epochs'],
                      target=None, target_epochs=None, warmup_epochs=None, progressive=None, source='..')
-    if layers: sub['kernel_size'] = layers[0].kernel_size[0]
+    if layers: sub['kernel_size'] = run_facts(learn)['initial']['kernel_size'][0]
     learn.remove_cb(ProgressiveResize)
     move_to(learn, cfg['target'])
     folder = folder/f'at-{cfg["target"]}'
@@ -478,6 +495,8 @@ def flexconv_train(
     use_this_device(device)
     keep_freed_memory()
     learn = make_learner(cfg, device)                   # most mistakes show before there is a folder
+    if cfg['progressive']:
+        check_stages(parse_stages(cfg['progressive']), cfg['epochs'], learn.dls.record['input_shape'][-1])
     begins = resume is None or not has_checkpoint(Path(resume))
     if cfg['init'] and begins: cfg, learn = warm_start(cfg, learn, device)
     name = f'{Path(cfg["data"]).name}-{cfg["model"]}-seed{cfg["seed"]}'

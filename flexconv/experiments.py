@@ -58,6 +58,7 @@ def check_config(cfg):
     check_number(cfg['label_smoothing'], 'label_smoothing', 0, 1, closed=True)
     check_choice(cfg['precision'], ('fp32', 'bf16', 'fp16'), 'precision')
     if 'target' in given: cfg['target_epochs'] = check_int(cfg['target_epochs'] or cfg['epochs'], 'target_epochs')
+    elif 'target_epochs' in given: raise ValueError('target_epochs needs a target')
     if 'warmup_epochs' in given: check_number(cfg['warmup_epochs'], 'warmup_epochs', 0, cfg['epochs'], closed=True)
     return cfg
 

@@ -27,9 +27,10 @@ def expand(paths):
     A ValueError where there are none."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir(): files += [path/f for f in visible_files(path) if Path(f).suffix.lower() in readable]
+        if path.is_dir():     # a folder without any stands for itself, and cannot be read
+            files += [path/f for f in visible_files(path) if Path(f).suffix.lower() in readable] or [path]
         else: files.append(path)
-    if not files:
+    if all(path.is_dir() for path in files):
         raise ValueError(f'files must name images or folders of images; found none in {", ".join(map(str, paths))}')
     return files
 
@@ -38,10 +39,14 @@ def read_array(path, record):
     "A `.npy` file as what a network sees, `(1, C, *S)` in float32. A ValueError where it does not fit."
     try: values = np.load(path, allow_pickle=False)
     except Exception as e: raise ValueError(f'{path} is not a readable array: {e}') from None
-    x = torch.from_numpy(np.ascontiguousarray(values))
+    kind = getattr(getattr(values, 'dtype', None), 'kind', 'an archive')
+    if kind not in 'fiub':
+        raise ValueError(f'{path} must be of 8-bit integers or floats; got {getattr(values, "dtype", kind)}')
+    with np.errstate(over='ignore'):                              # what becomes infinite is found below
+        x = torch.from_numpy(np.array(values, np.float32 if kind == 'f' else values.dtype.newbyteorder('=')))
     shape = tuple(record['input_shape'])
     if x.ndim == len(shape) - 1: x = x[None]
-    if x.ndim != len(shape) or len(x) != shape[0]:
+    if x.ndim != len(shape) or len(x) != shape[0] or not x.numel():
         raise ValueError(f'{path} must have shape {shape} (other lengths are allowed); got {values.shape}')
     if x.dtype == torch.uint8:
         # rows as channels
@@ -56,6 +61,7 @@ def read_array(path, record):
 @torch.no_grad()
 def predict_file(learn, path):
     "Probabilities of the classes for one file, a tensor. A ValueError for a file that cannot be read."
+    if path.is_dir(): raise ValueError(f'{path} is a folder without images or arrays')
     if path.suffix.lower() == '.npy': x = read_array(path, learn.dls.record)
     else: x = next(iter(learn.dls.test_dl([path])))[0]               # a ValueError that names what is no picture
     device = next(learn.model.parameters()).device

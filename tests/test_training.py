@@ -18,6 +18,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.external import fastai_path
 from fastai.metrics import error_rate
 from fastai.torch_core import set_seed
+from torch import nn
 from PIL import Image
 from safetensors.torch import load_file
 from flexconv import cli, list_models
@@ -586,3 +587,69 @@ def test_settings_of_a_registered_model_count_in_python_too():
     assert learn.model.stem.mask.sigma.tolist() == pytest.approx([0.4, 0.4])
     with pytest.raises(ValueError, match="Did you mean 'mask_lr'"): register_model(settings=dict(mask_ler=3))(own)
     with pytest.raises(ValueError, match='takes must be a tuple of names'): register_model(takes='kernel_size')(own)
+
+
+def test_masks_learn_at_their_rate_from_the_first_step():
+    "Also where nobody sets a learning rate after the optimiser is made; at 0 they stay."
+    net = create_model('flexnet3', 1, 10, width=4, kernel_size=9)
+    opt = MaskAdam(split_masks(net), 0.01, mask_lr=0.1)
+    assert [h['lr'] for h in opt.hypers] == pytest.approx([0.001, 0.01])
+    learn = flex_learner(get_dls('digits', max_items=64, bs=32), net, mask_lr=0.)
+    masks = [p.clone() for p in mask_parameters(net)]
+    with learn.no_bar(), learn.no_logging(): learn.fit_cosine(2)
+    assert all(torch.equal(a, b) for a, b in zip(masks, mask_parameters(net))) and learn.opt.hypers[0]['lr'] == 0
+
+
+def test_a_parameter_that_is_a_part_of_another_learns():
+    "And what is not in the network stays. (torch's fused Adam for CPUs ignores strides.)"
+    whole = nn.Conv2d(3, 8, 3).weight.detach()
+    before = whole.clone()
+    first = nn.Conv2d(1, 8, 3, padding=1)
+    first.weight = nn.Parameter(whole[:, :1])
+    net = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    learn = flex_learner(get_dls('digits', max_items=64, bs=32), net)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    moved = (whole - before).abs().amax((2, 3))
+    assert (moved[:, 0] > 1e-3).all() and not moved[:, 1:].any()
+
+
+def test_a_run_is_read_back_with_the_options_it_was_made_with(tmp_path):
+    "The size of a mixer's kernels is in pixels, that of its layers in patches."
+    run('flexconv_train', '--model', 'flexmixer256_8', '--width', 4, '--max_items', 64, '--epochs', 1, '--out', 'mix',
+        cwd=tmp_path)
+    about = about_run(tmp_path/'mix')
+    assert about['options']['kernel_size'] == 9
+    again, weights = load_run(tmp_path/'mix').model, load_file(tmp_path/'mix/model.safetensors')
+    assert again.blocks[0].depthwise.grid_size == (5, 5) and len(weights) == len(again.state_dict())
+
+
+def test_the_target_is_trained_for_again_when_the_run_goes_on(tmp_path):
+    "Resumed as it was, it stays."
+    options = '--width', 4, '--max_items', 64, '--kernel_size', 9, '--target', 12, '--target_epochs', 1
+    weights = lambda: (tmp_path/'run/at-12/model.safetensors').read_bytes()
+    run('flexconv_train', *options, '--epochs', 1, '--out', 'run', cwd=tmp_path)
+    first = weights()
+    run('flexconv_train', '--resume', 'run', cwd=tmp_path)
+    assert weights() == first
+    run('flexconv_train', '--resume', 'run', '--epochs', 2, cwd=tmp_path)
+    assert weights() != first
+
+
+def test_arrays_that_cannot_be_read_are_named_and_the_others_go_on(tmp_path):
+    arrays = dict(rows=np.zeros((3, 4, 4), [('a', 'f4')]), text=np.array(['a']), huge=np.full((3, 8, 8), 1e300),
+                  none=np.zeros((3, 0, 0), 'f4'), ints=np.zeros((3, 8, 8), int), swapped=np.zeros((3, 32, 32), '>f4'),
+                  long=np.zeros((3, 32, 32), np.longdouble), bytes=np.zeros((3, 32, 32), 'u1'))
+    for name, values in arrays.items(): np.save(tmp_path/f'{name}.npy', values)
+    np.savez(tmp_path/'archive.npz', a=1)
+    (tmp_path/'archive.npz').rename(tmp_path/'archive.npy')
+    (tmp_path/'empty').mkdir()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    done = run('flexconv_predict', 'flexnet7.cifar10', *files, '--json', code=1, cwd=tmp_path)
+    rows = {row['file']: row for row in json.loads(done.stdout)}
+    assert sorted(rows) == files
+    fine = {'swapped.npy', 'long.npy', 'bytes.npy'}
+    assert {name for name, row in rows.items() if 'class' in row} == fine
+    assert rows['swapped.npy']['classes'] == rows['long.npy']['classes']
+    for name in set(rows) - fine: assert rows[name]['error'].startswith(f'{name} '), rows[name]
+    done = run('flexconv_predict', 'flexnet7.cifar10', '', code=2, cwd=tmp_path)
+    assert "files must not be empty; got ''" in done.stderr
