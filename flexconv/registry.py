@@ -94,7 +94,12 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
     options = trained | options
     if isinstance(options.get('conv'), str):                  # of a `config`, which is JSON
         raise ValueError(f'conv must be a class or function; got {options["conv"]!r}: give what has this name')
-    model = make(channels, num_classes or known, **options)
+    try: model = make(channels, num_classes or known, **options)
+    except TypeError as e:
+        for theirs, ours in dict(in_chans='in_channels', drop_rate='dropout').items():
+            if theirs in options:
+                raise TypeError(f"{name} takes {ours}; {theirs} is timm's word, for flexconv.timm") from e
+        raise
     model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
     if weights is not None:
         read = channels, about.get('in_channels', channels)
