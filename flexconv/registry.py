@@ -271,7 +271,7 @@ def find_weights(model,      # name of a model
                if name.partition('.')[0] == model}
     if source is True and len(shipped) == 1: return next(iter(shipped.values()))
     if not isinstance(source, (bool, str, os.PathLike)):
-        raise TypeError(f'pretrained must be a name, a path, a URL or True; got {source!r}')
+        raise ValueError(f'pretrained must be a name, a path, a URL or True; got {source!r}')
     if source in shipped: return shipped[source]
     if str(source).startswith(('http://', 'https://')): return download_weights(str(source))
     path = Path(str(source))

@@ -166,7 +166,7 @@ API = [
       for name in ('cifar_resnet32', 'tcn', 'njet_allcnn') for channels in (0, -1, '3', True)),
     ("timm's word", lambda: create_model('flexnet3', in_chans=1), TypeError,
      ["flexnet3 takes in_channels; in_chans is timm's word"]),
-    ('weights in a list', lambda: create_model('flexnet7', pretrained=['cifar10']), TypeError, ['pretrained must be']),
+    ('weights in a list', lambda: create_model('flexnet7', pretrained=['cifar10']), ValueError, ['pretrained must be']),
     ('weights of nowhere', lambda: load_weights(nn.Linear(2, 2), 'nowhere.safetensors'), FileNotFoundError,
      ['nowhere.safetensors does not exist']),
 ]
