@@ -163,7 +163,7 @@ def fit_cosine(self:Learner,
                epochs,                  # number of epochs
                lr=None,                 # learning rate of all but masks, or one per group; by default the Learner's
                warmup_epochs=None,      # epochs of linear rise; by default 5, but at most a tenth of all
-               final=1e-6,              # learning rate at the end
+               final=1e-6,              # learning rate at the end; that of a group which is lower stays
                start_epoch=0,           # go on from here (see `load_checkpoint`)
                cbs=None,                # further callbacks
               ):
@@ -172,8 +172,7 @@ def fit_cosine(self:Learner,
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', check_rates(self.lr if lr is None else lr, len(self.opt.param_lists)))
     rates = np.array([h['lr'] for h in self.opt.hypers])
-    if final > rates.max(): raise ValueError(f'final must be at most lr, {rates.max():g}; got {final:g}')
-    final = np.where(rates > 0, final, 0.)                 # what does not learn does not begin to
+    final = np.minimum(final, rates)                       # what does not learn does not begin to
     schedule = ParamScheduler(dict(lr=cosine_schedule(rates, warmup_epochs/epochs, final)))
     self._do_fit = partial(fit_from, self, start_epoch)    # fastai's start_epoch runs callbacks of epochs that it skips
     try: self.fit(epochs, lr=list(rates), cbs=[schedule, *L(cbs)])
