@@ -26,7 +26,7 @@ from .core import check_int
 from .files import bare_model
 from .layers import conv_layers
 from .resolution import current_scale, set_resolution
-from .learner import check_schedule    # which makes fit_cosine a method of Learner
+from .learner import check_rates, check_schedule    # which makes fit_cosine a method of Learner
 
 # %% ../nbs/49_at_resolution.ipynb #a5bf00b0
 def resized(tfm,     # a transform of `get_dls`
@@ -101,6 +101,7 @@ def fine_tune_at(self:Learner,
                  **kwargs):   # further arguments of `fit_cosine`
     "Go on training at another resolution."
     check_schedule(epochs, **kwargs)             # before anything is changed
+    if lr is not None: check_rates(lr, len(self.splitter(self.model)))
     move_to(self, size)
     self.fit_cosine(epochs, lr, **kwargs)
 

@@ -69,8 +69,9 @@ def as_it_is(about, model):
     if channels != about['in_channels']:                                     # the data's statistics are of others
         data = {name: value for name, value in data.items() if name not in ('input_shape', 'mean', 'std')}
     config.pop('num_classes', None)
-    return about | dict(in_channels=channels, num_classes=classes, options=config or about.get('options', {}),
-                        data=data, scale=current_scale(model) if conv_layers(model) else 1.)
+    options = config if hasattr(model, 'config') else about.get('options', {})
+    return about | dict(in_channels=channels, num_classes=classes, options=options, data=data,
+                        scale=current_scale(model) if conv_layers(model) else 1.)
 
 # %% ../nbs/38_hub.ipynb #27c1c226
 def save_hub(model,      # a network

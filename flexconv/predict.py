@@ -43,7 +43,8 @@ def read_array(path, record):
     if kind not in 'fiub':
         raise ValueError(f'{path} must be of 8-bit integers or floats; got {getattr(values, "dtype", kind)}')
     with np.errstate(over='ignore'):                              # what becomes infinite is found below
-        x = torch.from_numpy(np.array(values, np.float32 if kind == 'f' else values.dtype.newbyteorder('=')))
+        dtype = np.float32 if kind == 'f' else values.dtype.newbyteorder('=')
+        x = torch.from_numpy(np.ascontiguousarray(values, dtype))
     shape = tuple(record['input_shape'])
     if x.ndim == len(shape) - 1: x = x[None]
     if x.ndim != len(shape) or len(x) != shape[0] or not x.numel():

@@ -96,10 +96,8 @@ def new_model(name, in_channels, num_classes, options,    # as in `create_model`
         raise ValueError(f'conv must be a class or function; got {options["conv"]!r}: give what has this name')
     try: model = make(channels, num_classes or known, **options)
     except TypeError as e:
-        for theirs, ours in dict(in_chans='in_channels', drop_rate='dropout').items():
-            if theirs in options:
-                raise TypeError(f"{name} takes {ours}; {theirs} is timm's word, for flexconv.timm") from e
-        raise
+        if 'in_chans' not in options: raise
+        raise TypeError(f"{name} takes in_channels; in_chans is timm's word, for flexconv.timm") from e
     model.config = as_json(dict(name=name, in_channels=channels, num_classes=num_classes or known) | options)
     if weights is not None:
         read = channels, about.get('in_channels', channels)

@@ -210,6 +210,7 @@ class Stream:
         self.times = times
         self.model = streaming_at_times(model) if times else streaming(model)
         check_local_layers(self.model)
+        self.layers = [m for m in self.model.modules() if isinstance(m, (StreamingConv1d, TimedConv1d))]
         self.reset()
 
     def reset(self):
@@ -257,17 +258,17 @@ class Stream:
             if not self.times: raise ValueError('present is for streams made with times=True')
             here = check_present(present, len(chunk), chunk.shape[2:])
             chunk = chunk.masked_fill(~here[:, None], 0)
-        layers = [m for m in self.model.modules() if isinstance(m, (StreamingConv1d, TimedConv1d))]
-        before = [m.past for m in layers]
+        before = [layer.past for layer in self.layers]
+        if self.times:
+            for layer in self.layers: layer.now, layer.here = t, here
         with ExitStack() as stack:
-            for module in self.model.modules():
-                if isinstance(module, TimedConv1d): module.now, module.here = t, here
-                if present is not None and hasattr(module, 'feature_orders'):
-                    order = by_time(*chunk.shape[::2], chunk.device, present=present)
-                    stack.enter_context(features_in(module, order))
+            if present is not None:
+                order = by_time(*chunk.shape[::2], chunk.device, present=present)
+                for module in self.model.modules():
+                    if hasattr(module, 'feature_orders'): stack.enter_context(features_in(module, order))
             try: y = self.model(chunk)
             except BaseException:                                            # as if the chunk had never come
-                for m, past in zip(layers, before): m.past = past
+                for layer, past in zip(self.layers, before): layer.past = past
                 raise
         self.shape, self.last = chunk.shape[:2], None if t is None else t[:, -1:]
         return y

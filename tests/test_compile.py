@@ -27,7 +27,7 @@ def test_compiled_training_follows_sizes():
     torch.manual_seed(0)
     eager = FlexConv1d(1, 1, 65, sigma=0.04, conv_method='direct')
     other = copy.deepcopy(eager)
-    compiled, start = torch.compile(other, fullgraph=True, backend='eager'), eager.size
+    compiled, start = torch.compile(other, fullgraph=True, backend='aot_eager'), eager.size
     opts = [torch.optim.Adam(m.parameters(), 0.003) for m in (eager, other)]
     x = torch.randn(4, 1, 128)
     target = F.conv1d(x, torch.linspace(-1, 1, 25).sign()[None, None], padding=12)

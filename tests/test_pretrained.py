@@ -207,6 +207,14 @@ def test_a_folder_for_the_hub_has_the_options_that_were_typed(kw, tmp_path):
     assert ('mean' in shown) == (net.config['in_channels'] == 1)       # of data with other channels it would be wrong
 
 
+@torch.no_grad()
+def test_a_folder_for_the_hub_of_a_network_by_default(tmp_path):
+    "No option was typed: those of the description are of another network."
+    net, x = create_model('flexnet3', 1).eval(), torch.randn(2, 1, 9, 9)
+    about = dict(model='flexnet3', in_channels=1, num_classes=10, options=dict(width=4))
+    assert torch.equal(from_pretrained(save_hub(net, tmp_path/'net', about)).eval()(x), net(x))
+
+
 @pytest.mark.parametrize('about,words', [(None, 'about must be what trained weights say'),
                                          (dict(model='mine', in_channels=1, num_classes=10), 'about must be of this'),
                                          (dict(model='tcn', in_channels=1, num_classes=10), 'about must be of this')])

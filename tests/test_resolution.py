@@ -276,6 +276,7 @@ def test_a_call_that_is_refused_leaves_the_learner_as_it_was():
     learn = flex_learner(get_dls('digits', max_items=64, bs=32), create_model('flexnet3', 1, width=4, kernel_size=9))
     with pytest.raises(ValueError, match='warmup_epochs must be a number from 0 and below 1; got 5'):
         learn.fine_tune_at(12, 1, warmup_epochs=5)
+    with pytest.raises(ValueError, match='lr must be a number above 0'): learn.fine_tune_at(12, 1, lr=-1.)
     assert learn.dls.one_batch()[0].shape[-1] == 8 and learn.model.stem.scale == 1
 
 

@@ -619,8 +619,7 @@ def test_a_run_is_read_back_with_the_options_it_was_made_with(tmp_path):
         cwd=tmp_path)
     about = about_run(tmp_path/'mix')
     assert about['options']['kernel_size'] == 9
-    again, weights = load_run(tmp_path/'mix').model, load_file(tmp_path/'mix/model.safetensors')
-    assert again.blocks[0].depthwise.grid_size == (5, 5) and len(weights) == len(again.state_dict())
+    assert load_run(tmp_path/'mix').model.blocks[0].depthwise.grid_size == (5, 5)
 
 
 def test_the_target_is_trained_for_again_when_the_run_goes_on(tmp_path):
